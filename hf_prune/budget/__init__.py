@@ -1,0 +1,1 @@
+"""How much may stay: exact costs, and solvers that choose units within a budget."""

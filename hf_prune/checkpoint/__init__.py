@@ -1,0 +1,1 @@
+"""How a pruned model lasts: saved atomically, described in full, loaded by plain transformers."""

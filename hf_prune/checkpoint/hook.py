@@ -1,0 +1,89 @@
+"""The hook by which transformers loads a pruned model.
+
+transformers lets a package register a quantizer. It is called after the model was built on `meta` and before
+weights are read, which is when modules must be narrowed. After loading, its flags are taken off again, so
+that the model is an ordinary one for Trainer, `.half()`, PEFT and `torch.compile`.
+"""
+
+import contextlib
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_prune.surgery.shapes import QUANT_METHOD, apply_shapes_, check_shapes
+
+
+class HfPruneConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a pruned model: absolute sizes by module path.
+
+    Raises:
+        CheckpointError: when it is of another version, or a value is not a positive integer.
+    """
+
+    def __init__(
+        self, version: Any = None, modules: Any = None, attributes: Any = None, **kwargs: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own
+        self.version = version
+        self.modules = {} if modules is None else modules
+        self.attributes = {} if attributes is None else attributes
+        check_shapes(self.to_dict())
+
+
+class HfPruneQuantizer(HfQuantizer):
+    """Narrows the freshly built model; leaves an ordinary model behind."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        apply_shapes_(model, self.quantization_config.to_dict())
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        shapes = self.quantization_config.to_dict()
+        for name in ("hf_quantizer", "quantization_method"):
+            with contextlib.suppress(AttributeError):
+                delattr(model, name)
+        model.is_quantized = False
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None and hasattr(config, "_is_quantized"):
+                del config._is_quantized
+        model.config.quantization_config = shapes
+        return model
+
+    def is_serializable(self) -> bool:
+        """A pruned model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A pruned model can be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer asks this of a model that it takes for quantized."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """A pruned model can be compiled."""
+        return True
+
+
+def register() -> None:
+    """Make transformers load pruned models. Done once, when hf_prune is imported."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(HfPruneConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(HfPruneQuantizer)

@@ -1,0 +1,52 @@
+"""Saving: a complete model folder, or none."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_prune.checkpoint.folder import staged_folder
+from hf_prune.checkpoint.manifest import write_manifest
+from hf_prune.statistics.score import check_weights
+
+
+def write_model(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write model, tokenizer and manifest into a folder, whoever makes that atomic.
+
+    Raises:
+        NumericsError: when a weight is not finite.
+    """
+    check_weights(model)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_manifest(folder)
+
+
+def save_model(
+    model: PreTrainedModel,
+    out: "str | Path",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Save a model so that anyone loads it with plain `from_pretrained` after `import hf_prune`.
+
+    Args:
+        model: pruned or not.
+        out: folder; it is complete or absent at any moment, whatever happens.
+        tokenizer: saved beside the model.
+        overwrite: replace an existing folder.
+        extra: more text files, by name.
+
+    Raises:
+        OutputExistsError: when `out` exists and `overwrite` is off: nothing was written.
+        NumericsError: when a weight is not finite: nothing was written.
+    """
+    with staged_folder(Path(out), overwrite=overwrite) as stage:
+        for name, text in (extra or {}).items():
+            (stage / name).write_text(text, encoding="utf-8")
+        write_model(model, stage, tokenizer)

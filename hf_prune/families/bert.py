@@ -1,0 +1,24 @@
+"""BERT and the families that share its layers."""
+
+from hf_prune.families.spec import Attention, Ffn, Family, Stack
+
+BERT_STACK = Stack(
+    layers="encoder.layer",
+    attention=Attention(
+        path="attention",
+        core="self",
+        q="self.query",
+        k="self.key",
+        v="self.value",
+        out="output.dense",
+        sum="attention.output.LayerNorm",
+        head_dim="attention_head_size",
+        counts=("num_attention_heads",),
+        widths=("all_head_size",),
+    ),
+    ffn=Ffn(up=("intermediate.dense",), down="output.dense", sum="output.LayerNorm"),
+)
+
+BERT = Family("bert", (BERT_STACK,))
+ROBERTA = Family("roberta", (BERT_STACK,))
+ELECTRA = Family("electra", (BERT_STACK,))

@@ -1,0 +1,22 @@
+"""GPT-2: one `Conv1D` packs queries, keys and values."""
+
+from hf_prune.families.spec import Attention, Ffn, Family, Stack
+
+GPT2 = Family(
+    "gpt2",
+    (
+        Stack(
+            layers="h",
+            attention=Attention(
+                path="attn",
+                qkv="c_attn",
+                out="c_proj",
+                sum="ln_2",
+                head_dim="head_dim",
+                counts=("num_heads",),
+                widths=("split_size",),  # read by forward to take the packed projection apart
+            ),
+            ffn=Ffn(up=("mlp.c_fc",), down="mlp.c_proj", sum=""),
+        ),
+    ),
+)

@@ -1,0 +1,111 @@
+"""Gates: one number per unit, multiplied into the input of the output projection.
+
+The same object gives scores (its gradient) and masks (0 or 1). A gate changes no parameter and no
+parameter name, needs nothing after an optimizer step, and leaves no trace in what is saved.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hf_prune.errors import PlanError
+from hf_prune.plan import Plan
+from hf_prune.sites import Site, base_model, find_sites, projection
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
+
+
+@dataclass
+class Gates:
+    """The gates of some sites. `values[name]` is `[U]` (or `[B, 1, U]`); absent = all open, at no cost."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Take the hooks away: the model is as it was."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def _hook(gates: Gates, site: Site) -> Hook:
+    def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        gate = gates.values.get(site.name)
+        if gate is None:
+            return None
+        inputs = args[0]  # [..., U * D]
+        gate = gate.to(device=inputs.device, dtype=inputs.dtype)
+        if site.gate.width > 1:
+            gate = gate.repeat_interleave(site.gate.width, dim=-1)  # [..., U] -> [..., U * D]
+        return (inputs * gate, *args[1:])
+
+    return multiply
+
+
+def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
+    """Put a gate before the output projection of each site; all are open until `values` says otherwise."""
+    base = base_model(model)
+    gates = Gates()
+    for site in sites:
+        module = projection(base, site.gate.module)
+        gates.handles.append(module.register_forward_pre_hook(_hook(gates, site)))
+    return gates
+
+
+def check_plan(plan: Plan, sites: Sequence[Site], model_type: str) -> list[Site]:
+    """The sites that a plan speaks of, in the order of the model.
+
+    Raises:
+        PlanError: when the plan is of another family, names an unknown site, was made for other widths,
+            or would leave a site with nothing.
+    """
+    if plan.model_type != model_type:
+        raise PlanError(f"the plan is for a {plan.model_type!r} model, this is {model_type!r}.")
+    known = {site.name: site for site in sites}
+    for name, item in plan.sites.items():
+        if name not in known:
+            raise PlanError(f"the model has no site {name!r}.")
+        site = known[name]
+        if (site.units, site.kind) != (item.units, item.kind):
+            raise PlanError(
+                f"{name}: the plan was made for {item.units} {item.kind}, the model has {site.units} "
+                f"{site.kind}. A plan holds for the widths that it was made from."
+            )
+        if not item.kept:
+            raise PlanError(f"{name}: the plan keeps nothing. At least one unit must stay.")
+    return [site for site in sites if site.name in plan.sites]
+
+
+def plan_gates(plan: Plan) -> dict[str, Tensor]:
+    """Closed gates for what a plan removes: `[U]` of 0 and 1 for each site that loses something."""
+    values = {}
+    for name, site in plan.sites.items():
+        if len(site.kept) < site.units:
+            gate = torch.zeros(site.units)
+            gate[list(site.kept)] = 1.0
+            values[name] = gate
+    return values
+
+
+def close_gates(model: PreTrainedModel, plan: Plan) -> Gates:
+    """Mask what a plan removes, shapes unchanged, until `.remove()` is called on the result."""
+    sites = check_plan(plan, find_sites(model), model.config.model_type)
+    gates = attach_gates(model, sites)
+    gates.values.update(plan_gates(plan))
+    return gates
+
+
+@contextmanager
+def masked(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
+    """The model with the gates of a plan closed, inside a `with` block."""
+    gates = close_gates(model, plan)
+    try:
+        yield model
+    finally:
+        gates.remove()

@@ -1,0 +1,1 @@
+"""What was gained and lost: exact counts, measured latency, and the metric of the task."""

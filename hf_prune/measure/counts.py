@@ -1,0 +1,72 @@
+"""Exact counts: parameters by distinct storage, multiply-accumulates, bytes on disk."""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from hf_prune.sites import layer_modules
+
+
+def _distinct(parameters: Iterable[nn.Parameter]) -> int:
+    """Entries of parameters that lie in distinct storages (shared ones once)."""
+    seen: dict[tuple[object, ...], int] = {}
+    for parameter in parameters:
+        meta = parameter.device.type == "meta"
+        where = id(parameter) if meta else parameter.untyped_storage().data_ptr()
+        key = (parameter.device, where, 0 if meta else parameter.storage_offset())
+        seen[key] = max(seen.get(key, 0), parameter.numel())
+    return sum(seen.values())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, tied ones once."""
+    return _distinct(model.parameters())
+
+
+def count_encoder_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the transformer layers: no embeddings, no head. Decoders have them too."""
+    return _distinct(p for layer in layer_modules(model) for p in layer.parameters())
+
+
+def count_nonzero(model: nn.Module) -> int:
+    """Parameters that are not exactly zero, tied ones once."""
+    return sum(int(torch.count_nonzero(p)) for p in model.parameters())
+
+
+def example_batch(
+    model: PreTrainedModel, batch_size: int, sequence_length: int
+) -> dict[str, torch.Tensor]:
+    """Token ids for measuring: `[B, T]`, on the model's device, all of them real tokens."""
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    low = min(5, vocabulary - 1)  # past padding and the like
+    ids = torch.randint(low, vocabulary, (batch_size, sequence_length), generator=generator)
+    ids = ids.to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def count_macs(model: PreTrainedModel, sequence_length: int = 128) -> int:
+    """Multiply-accumulates of one sequence: half the FLOPs that torch counts in a real forward pass."""
+    training = model.training
+    model.eval()
+    kwargs = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**example_batch(model, 1, sequence_length), **kwargs)
+    finally:
+        model.train(training)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights on disk: the model is saved to a temporary folder and its files measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

@@ -1,0 +1,310 @@
+"""What should happen: a `Recipe` of ordered stages, written as YAML.
+
+A recipe holds plain values only. It is strict (an unknown key is an error with a suggestion), frozen,
+and survives a round trip through YAML. This module does not import torch.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hf_prune.errors import ConfigError
+
+MAX_RECIPE_BYTES = 1 << 20
+"""A recipe file larger than this is refused before it is parsed."""
+MAX_RECIPE_DEPTH = 32
+"""A recipe nested deeper than this is refused before it is composed."""
+
+Unit = Literal["heads", "neurons", "weights"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, strict=True
+    )
+
+
+class Schedule(_Model):
+    """How sparsity grows while a model trains."""
+
+    kind: Literal["cubic"] = "cubic"
+    """`cubic`: fast at first, slow at the end (Zhu and Gupta 2017, arXiv:1710.01878)."""
+    start: float = Field(default=0.0, ge=0, lt=1)
+    """When masks begin to close, as a fraction of all training steps."""
+    end: float = Field(default=0.6, gt=0, le=1)
+    """When the full sparsity is reached, as a fraction of all training steps."""
+    every: int = Field(default=20, ge=1)
+    """Optimizer steps between two decisions."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Schedule":
+        if self.start >= self.end:
+            raise ValueError(f"start={self.start} must be smaller than end={self.end}")
+        return self
+
+
+class Prune(_Model):
+    """What to remove, and how much."""
+
+    stage: Literal["prune"] = "prune"
+    """Tells this stage from the others."""
+    units: tuple[Unit, ...] = ("heads", "neurons")
+    """What may go: `heads` and `neurons` are really removed, single `weights` become zero."""
+    criterion: str = "fisher"
+    """A key of `hf_prune.criteria.CRITERIA`."""
+    solver: str = "global"
+    """A key of `hf_prune.budget.SOLVERS`. For weights, `uniform` ranks within each matrix."""
+    cost: Literal["parameters", "macs"] = "parameters"
+    """What `sparsity` counts. MACs are those of one sequence of `sequence_length` tokens."""
+    sparsity: float
+    """Fraction to remove, in [0, 1)."""
+    of: Literal["prunable", "layers"] = "prunable"
+    """The base of `sparsity`: what the stage may remove, or all that the layers hold."""
+    min_heads: int = Field(default=1, ge=1)
+    """Heads that every attention block keeps."""
+    min_neurons: int = Field(default=1, ge=1)
+    """Neurons that every feed-forward block keeps."""
+    ignore: tuple[str, ...] = ()
+    """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone."""
+    calibration_samples: int = Field(default=512, ge=1)
+    """Examples to use at most."""
+    min_calibration_samples: int = Field(default=8, ge=1)
+    """Fewer examples than this are refused: scores would be noise."""
+    sequence_length: int = Field(default=128, ge=1)
+    """Tokens of the sequence whose MACs are counted."""
+    reconstruct: bool = True
+    """Re-fit the output projections after removal (one-shot only)."""
+    ridge: float = Field(default=1e-2, gt=0)
+    """Pull of the re-fit towards the old weights, relative to the mean diagonal of the Gram matrix."""
+    schedule: Schedule | None = None
+    """None: in one shot. Otherwise masks close while the following stage trains."""
+
+    @field_validator("sparsity")
+    @classmethod
+    def _a_fraction(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"sparsity={value:g} is outside [0, 1). It is a fraction, not a percentage: "
+                "write 0.5 to remove half."
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Prune":
+        if not self.units or len(set(self.units)) < len(self.units):
+            raise ValueError("units must name each kind once, and at least one of them")
+        if "weights" in self.units and len(self.units) > 1:
+            raise ValueError(
+                "weights cannot share a stage with heads or neurons: write two stages, "
+                "structure first, then weights"
+            )
+        if "weights" in self.units and self.cost == "macs":
+            raise ValueError("single weights have no cost in MACs: use cost: parameters")
+        return self
+
+    @property
+    def structural(self) -> bool:
+        """Whether the stage removes heads or neurons (not single weights)."""
+        return "weights" not in self.units
+
+
+class Train(_Model):
+    """Fine-tuning. The names are those of `transformers.TrainingArguments`."""
+
+    stage: Literal["train"] = "train"
+    """Tells this stage from the others."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training data."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Peak learning rate."""
+    per_device_train_batch_size: int = Field(default=32, ge=1)
+    """Examples per process and step."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of weights (not of biases and norms)."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps until the learning rate is reached."""
+
+
+class Distill(Train):
+    """Fine-tuning with the dense model as teacher."""
+
+    stage: Literal["distill"] = "distill"  # type: ignore[assignment]  # the tag differs, by design
+    """Tells this stage from the others."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Softens both distributions (Hinton et al. 2015, arXiv:1503.02531)."""
+    alpha: float = Field(default=0.9, ge=0, le=1)
+    """Share of the distillation loss; the rest is the loss of the labels."""
+
+
+Stage = Annotated[Union[Prune, Train, Distill], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
+
+
+class Recipe(_Model):
+    """An ordered list of stages."""
+
+    hf_prune: Literal[1] = 1
+    """Version of the format."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    """What happens, in this order."""
+
+    @model_validator(mode="after")
+    def _order(self) -> "Recipe":
+        zeros = False
+        for stage, following in zip(self.stages, (*self.stages[1:], None), strict=True):
+            if not isinstance(stage, Prune):
+                continue
+            if stage.structural and zeros:
+                raise ValueError("prune heads and neurons before single weights")
+            zeros = zeros or not stage.structural
+            if stage.schedule and not isinstance(following, Train):
+                raise ValueError("a prune stage with a schedule needs a train or distill stage after it")
+        return self
+
+    @property
+    def prune_stages(self) -> tuple[Prune, ...]:
+        """The stages that remove something."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Prune))
+
+    def to_yaml(self) -> str:
+        """This recipe as YAML that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with JSON's idea of a scalar: no octal, no dates, no `yes`, and `1e-3` is a number."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's name
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|false)$", "tf"),
+    ("null", r"^(?:null|~|)$", "n~"),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+_Loader.yaml_implicit_resolvers.setdefault("", []).append(
+    ("tag:yaml.org,2002:null", re.compile(r"^$"))
+)
+
+
+def _unique_keys(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # PyYAML
+        if not isinstance(key, str) or key in result:
+            why = "appears twice" if isinstance(key, str) else "is not a string"
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} {why}.")
+        result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return result
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_keys)
+
+
+def _check_events(text: str) -> None:
+    """Refuse what a recipe never needs, before anything is composed or built."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ConfigError(f"line {line}: anchors and aliases are not allowed: write it out.")
+        if getattr(event, "tag", None):
+            raise ConfigError(f"line {line}: tags such as {event.tag!r} are not allowed.")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_RECIPE_DEPTH:
+            raise ConfigError(f"line {line}: nested deeper than {MAX_RECIPE_DEPTH} levels.")
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML text, hardened.
+
+    Raises:
+        ConfigError: on aliases, tags, duplicate or non-string keys, deep nesting, or a syntax error.
+    """
+    try:
+        _check_events(text)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader, stricter
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise ConfigError(f"{path} has {size} bytes; a recipe has at most {MAX_RECIPE_BYTES}.")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text.") from error
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    models: tuple[type[BaseModel], ...] = (Recipe,)
+    if "schedule" in location:
+        models = (Schedule,)
+    elif location and location[0] == "stages":
+        models = tuple(m for m in (Prune, Train, Distill) if m.__name__.lower() in location)
+    return [name for model in models for name in model.model_fields]
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        location = item["loc"]
+        where = ".".join(str(part) for part in location if part not in ("prune", "train", "distill"))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            message = f"unknown key{did_you_mean(str(location[-1]), known)}"
+        lines.append(f"{where}: {message}" if where else message)
+    return "\n".join(lines)
+
+
+def did_you_mean(name: str, known: "list[str] | tuple[str, ...]") -> str:
+    """The end of a message about an unknown name: a suggestion, and all the names there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Known: {', '.join(known)}."
+
+
+def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -> Recipe:
+    """A `Recipe` from a recipe, the path of a YAML file, or plain data.
+
+    Raises:
+        ConfigError: naming the file, the key and what is wrong with it.
+    """
+    if isinstance(source, Recipe):
+        return source
+    name = "recipe"
+    data: Any = source
+    if not isinstance(source, Mapping):
+        name = os.fspath(source)
+        try:
+            data = parse_yaml(_read(Path(name)))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    try:
+        return Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: only plain values are allowed ({error}).") from error
+
+
+UNITS: tuple[str, ...] = get_args(Unit)
+"""The kinds of unit that a recipe can name."""

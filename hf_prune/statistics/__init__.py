@@ -1,0 +1,1 @@
+"""What is measured on calibration batches: one streamed pass, and the moments of a re-fit."""

@@ -1,0 +1,130 @@
+"""Calibration batches: checked, cut to size, moved, and their padding known."""
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_prune.errors import DataError
+
+Batch = Mapping[str, Tensor]
+
+
+def main_input(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The tensor whose first axis counts examples: `input_ids`, or `inputs_embeds`."""
+    for name in (model.main_input_name, "inputs_embeds"):
+        if name in batch:
+            return batch[name]
+    raise DataError(f"a batch has no {model.main_input_name!r}; its keys are {sorted(batch)}.")
+
+
+def _check_labels(labels: Tensor, classes: int, index: int) -> None:
+    bad = ((labels < 0) & (labels != -100)) | (labels >= classes)
+    if bad.any():
+        row = int(bad.reshape(bad.shape[0], -1).any(dim=1).nonzero()[0])
+        value = int(labels[bad][0])
+        raise DataError(
+            f"batch {index}, row {row}: label {value} is outside [0, {classes}). "
+            "Load the model with num_labels of your data, or map the labels."
+        )
+
+
+def check_batch(model: PreTrainedModel, batch: Batch, index: int) -> None:
+    """Refuse what would crash or poison a pass, before it runs.
+
+    Raises:
+        DataError: naming the batch and the row of a label or token id out of range, or an empty batch.
+    """
+    if not isinstance(batch, Mapping):
+        raise DataError(f"batch {index} is a {type(batch).__name__}; expected a dict of tensors.")
+    inputs = main_input(model, batch)
+    if inputs.numel() == 0:
+        raise DataError(f"batch {index} is empty: its input has shape {list(inputs.shape)}.")
+    embeddings = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    if vocabulary and not inputs.is_floating_point():
+        bad = (inputs < 0) | (inputs >= vocabulary)
+        if bad.any():
+            row = int(bad.any(dim=1).nonzero()[0])
+            raise DataError(
+                f"batch {index}, row {row}: token id {int(inputs[bad][0])} is outside [0, {vocabulary}). "
+                "Is the tokenizer the one of this model?"
+            )
+    labels = batch.get("labels")
+    if labels is not None and not labels.is_floating_point():
+        head = model.get_output_embeddings()
+        classes = int(vocabulary) if head is not None and vocabulary else model.config.num_labels
+        _check_labels(labels, classes, index)
+
+
+def _first(batch: Batch, rows: int, examples: int) -> dict[str, Tensor]:
+    return {
+        name: value[:rows] if value.ndim and value.shape[0] == examples else value
+        for name, value in batch.items()
+    }
+
+
+def take(
+    model: PreTrainedModel, batches: Iterable[Batch] | None, *, at_least: int, at_most: int
+) -> list[dict[str, Tensor]]:
+    """The first `at_most` examples of `batches`, checked.
+
+    Raises:
+        DataError: when there is nothing, less than `at_least`, or something out of range.
+    """
+    taken: list[dict[str, Tensor]] = []
+    count = 0
+    for index, batch in enumerate(batches or ()):
+        check_batch(model, batch, index)
+        examples = main_input(model, batch).shape[0]
+        taken.append(_first(batch, min(examples, at_most - count), examples))
+        count += min(examples, at_most - count)
+        if count >= at_most:
+            break
+    if count == 0:
+        raise DataError(
+            "the calibration set is empty. Pass batches (dicts of tensors); an iterator can be "
+            "consumed only once."
+        )
+    if count < at_least:
+        raise DataError(
+            f"the calibration set has {count} examples, fewer than min_calibration_samples={at_least}. "
+            "Pass more batches, or lower it in the recipe."
+        )
+    return taken
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def token_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """True for real tokens, `[B, T]`; all of them where the batch has no attention mask."""
+    inputs = main_input(model, batch)
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    return mask.bool()
+
+
+def forward_kwargs(model: PreTrainedModel, batch: Batch, *, labels: bool) -> dict[str, Any]:
+    """What to call the model with: no cache, and labels only where they are wanted."""
+    kwargs: dict[str, Any] = {
+        name: value for name, value in batch.items() if labels or name != "labels"
+    }
+    if hasattr(model.config, "use_cache"):
+        kwargs["use_cache"] = False
+    return kwargs
+
+
+def example_seed(inputs: Tensor, mask: Tensor, seed: int) -> int:
+    """A seed from the content of one example, without its padding.
+
+    So that what is random about an example does not depend on its batch, its place or its process.
+    """
+    content = inputs[mask].detach().cpu().contiguous()
+    return zlib.crc32(content.numpy().tobytes(), seed & 0xFFFFFFFF)

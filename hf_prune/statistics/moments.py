@@ -1,0 +1,93 @@
+"""Moments of inputs and targets, streamed, and the ridge regression that they determine.
+
+The engine of every re-fit: sums over tokens are added batch by batch, over processes if there are many,
+and one damped solve towards the old weights follows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_prune.errors import NumericsError
+from hf_prune.statistics.collect import sum_over_processes
+
+MAX_DOUBLINGS = 40
+"""How often the ridge is doubled before a Gram matrix is given up."""
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of `x x^T`, `t x^T`, `x`, `t`, and the number of tokens; float64."""
+
+    xx: Tensor
+    tx: Tensor
+    x: Tensor
+    t: Tensor
+    count: Tensor
+
+    @classmethod
+    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "Moments":
+        """Empty moments for `inputs` features and `outputs` targets."""
+        shapes = ((inputs, inputs), (outputs, inputs), (inputs,), (outputs,), (1,))
+        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Add tokens: `x` is `[tokens, inputs]`, `t` is `[tokens, outputs]`."""
+        x, t = x.float(), t.float()
+        self.xx += x.T @ x
+        self.tx += t.T @ x
+        self.x += x.sum(dim=0, dtype=torch.float64)
+        self.t += t.sum(dim=0, dtype=torch.float64)
+        self.count += x.shape[0]
+
+    def over_processes(self) -> "Moments":
+        """The moments of all processes together."""
+        parts = (self.xx, self.tx, self.x, self.t, self.count)
+        return Moments(*(sum_over_processes(part) for part in parts))
+
+
+def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
+    for _ in range(MAX_DOUBLINGS):
+        damped = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not int(info):
+            return factor, ridge
+        ridge *= 2
+    raise NumericsError("a Gram matrix stayed singular however much it was damped: are inputs finite?")
+
+
+def solve_towards(
+    moments: Moments, weight: Tensor, bias: Tensor | None, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """The weights that fit the targets best, pulled towards the old ones.
+
+    Minimises `sum ||W x + b - t||^2 + lam ||W - W0||^2` with `b` free where there is one, and
+    `lam = ridge * mean(diag G)` for the (centred) Gram matrix `G`. Solved in float64.
+
+    Args:
+        moments: of all tokens.
+        weight: `W0`, `[outputs, inputs]`.
+        bias: `[outputs]`, or None: then nothing is centred.
+        ridge: relative to the mean diagonal. It is doubled where the matrix is singular all the same.
+
+    Returns:
+        New weight and bias, in the dtype of the old ones.
+
+    Raises:
+        NumericsError: when the inputs were not finite.
+    """
+    count = moments.count.clamp(min=1)
+    gram, cross = moments.xx / count, moments.tx / count
+    mean_x, mean_t = moments.x / count, moments.t / count
+    if bias is not None:
+        gram = gram - torch.outer(mean_x, mean_x)
+        cross = cross - torch.outer(mean_t, mean_x)
+    diagonal = gram.diagonal().mean()
+    if not torch.isfinite(diagonal):
+        raise NumericsError("the inputs of an output projection are not finite on calibration data.")
+    old = weight.double()
+    factor, damping = _cholesky(gram, ridge * max(float(diagonal), 1e-12))
+    new = torch.cholesky_solve((cross + damping * old).T, factor).T
+    new_bias = None if bias is None else (mean_t - new @ mean_x).to(bias.dtype)
+    return new.to(weight.dtype), new_bias

@@ -1,0 +1,70 @@
+"""Scores: what a criterion says of each unit of each site."""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune.criteria import get_criterion, needs
+from hf_prune.errors import NumericsError
+from hf_prune.sites import Site, base_model, gate_weight
+from hf_prune.statistics.collect import Statistics
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model with weights that are not finite, before anything is computed from them.
+
+    Raises:
+        NumericsError: naming the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise NumericsError(
+                f"{name} has {count} values that are NaN or infinite. The checkpoint is damaged or "
+                "training diverged: nothing was changed."
+            )
+
+
+def _generator(site: Site, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(site.name.encode(), seed & 0xFFFFFFFF))
+
+
+def score(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    criterion: str,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """One number per unit, higher = keep, for each site.
+
+    Args:
+        model: whose weights are read.
+        sites: from `find_sites`.
+        criterion: a key of `hf_prune.criteria.CRITERIA`.
+        statistics: from `collect`, with what the criterion needs.
+        seed: of the criterion `random`; each site draws from its own stream.
+
+    Returns:
+        For each site `[U]`, float64 on the CPU.
+
+    Raises:
+        NumericsError: when a score is not finite, naming the site.
+    """
+    function = get_criterion(criterion)
+    base = base_model(model)
+    result = {}
+    with torch.no_grad():
+        for site in sites:
+            arguments: dict[str, object] = {
+                name: _generator(site, seed) if name == "generator" else (statistics or {})[site.name][name]
+                for name in needs(function)
+            }
+            values = function(gate_weight(base, site).detach().cpu(), **arguments).double().cpu()
+            if not torch.isfinite(values).all():
+                raise NumericsError(f"{site.name}: criterion {criterion!r} gave a score that is not finite.")
+            result[site.name] = values
+    return result

@@ -1,0 +1,1 @@
+"""How a model recovers: schedules, and callbacks for any Trainer."""

@@ -1,0 +1,75 @@
+"""Single weights that become zero while a model trains, and stay zero."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_prune.recipe import Prune
+from hf_prune.weights import (
+    Masks,
+    apply_masks_,
+    check_weight_stage,
+    count_kept,
+    find_weights,
+    magnitude_masks,
+)
+
+
+@dataclass
+class WeightPruning:
+    """The state of a stage of single weights in a running training."""
+
+    stage: Prune
+    model: nn.Module | None = None
+    masks: Masks = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_weight_stage(self.stage)
+
+    def start(self, model: nn.Module) -> None:
+        """Nothing is masked yet."""
+        self.model, self.masks = model, {}
+
+    def observe(self) -> None:
+        """Magnitudes are in the weights themselves: nothing to collect."""
+
+    def decide(self, share: float) -> None:
+        """Choose the entries that stay at `share` of the final sparsity. Zeros never come back."""
+        assert self.model is not None  # noqa: S101  # start() came first
+        weights = find_weights(self.model, self.stage.ignore)
+        self.masks = magnitude_masks(weights, self.stage.sparsity * share, self.stage.solver)
+        apply_masks_(self.model, self.masks)
+
+    def after_step(self) -> None:
+        """Write the zeros again: the optimizer has just moved them."""
+        assert self.model is not None  # noqa: S101  # start() came first
+        apply_masks_(self.model, self.masks)
+
+    def finish(self) -> None:
+        """The zeros are in the weights already."""
+
+    def kept(self) -> dict[str, int]:
+        """Entries kept, for logs."""
+        return {"weights": sum(count_kept(self.masks).values())}
+
+
+class KeepZeros(TrainerCallback):
+    """Keeps single weights at exactly zero while any Trainer trains, whatever its optimizer.
+
+    Args:
+        masks: by parameter name, True = keep; `compress(...).masks`, or from `magnitude_masks`.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = dict(masks)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the zeros."""
+        apply_masks_(kwargs["model"], self.masks)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write them again."""
+        apply_masks_(kwargs["model"], self.masks)
