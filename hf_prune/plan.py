@@ -106,8 +106,12 @@ class Plan:
             weights = dict(data["weights"].items())
             model_type = data["model_type"]
         except (AttributeError, KeyError, TypeError) as error:
-            raise PlanError(f"a part of the plan is missing or of the wrong kind: {error}.") from error
-        if not isinstance(model_type, str) or not all(_is_int(v) and v >= 0 for v in weights.values()):
+            raise PlanError(
+                f"a part of the plan is missing or of the wrong kind: {error}."
+            ) from error
+        if not isinstance(model_type, str) or not all(
+            _is_int(v) and v >= 0 for v in weights.values()
+        ):
             raise PlanError("model_type must be text, and weights must be counts.")
         return cls(model_type, sites, weights)
 

@@ -153,11 +153,13 @@ class Recipe(_Model):
     """Version of the format."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random."""
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...]
     """What happens, in this order."""
 
     @model_validator(mode="after")
     def _order(self) -> "Recipe":
+        if not self.stages:
+            raise ValueError("stages is empty: write at least one.")
         zeros = False
         for stage, following in zip(self.stages, (*self.stages[1:], None), strict=True):
             if not isinstance(stage, Prune):
@@ -166,7 +168,9 @@ class Recipe(_Model):
                 raise ValueError("prune heads and neurons before single weights")
             zeros = zeros or not stage.structural
             if stage.schedule and not isinstance(following, Train):
-                raise ValueError("a prune stage with a schedule needs a train or distill stage after it")
+                raise ValueError(
+                    "a prune stage with a schedule needs a train or distill stage after it"
+                )
         return self
 
     @property
@@ -266,7 +270,9 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
         location = item["loc"]
-        where = ".".join(str(part) for part in location if part not in ("prune", "train", "distill"))
+        where = ".".join(
+            str(part) for part in location if part not in ("prune", "train", "distill")
+        )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             known = _known_keys(location[:-1])

@@ -28,9 +28,7 @@ def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.P
     Returns:
         By name, in the order of the model. A matrix that an embedding shares is left out.
     """
-    taken = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    taken = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     found = {}
     for prefix, module in model.named_modules():
         if not isinstance(module, PRUNABLE):
@@ -87,7 +85,9 @@ def magnitude_masks(
             name: part.view(weight.shape).to(weight.device)
             for (name, weight), part in zip(weights.items(), parts, strict=True)
         }
-    raise ConfigError(f"unknown solver {solver!r} for weights{did_you_mean(solver, WEIGHT_SOLVERS)}")
+    raise ConfigError(
+        f"unknown solver {solver!r} for weights{did_you_mean(solver, WEIGHT_SOLVERS)}"
+    )
 
 
 WEIGHT_SOLVERS = ("global", "uniform")
@@ -108,7 +108,9 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != mask.shape:
             found = "nothing" if parameter is None else list(parameter.shape)
-            raise PlanError(f"{name}: the mask has shape {list(mask.shape)}, the model has {found}.")
+            raise PlanError(
+                f"{name}: the mask has shape {list(mask.shape)}, the model has {found}."
+            )
         parameter.masked_fill_(~mask.to(parameter.device), 0)
 
 

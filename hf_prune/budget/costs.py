@@ -26,4 +26,3 @@ def unit_cost(site: Site, cost: str, sequence_length: int) -> int:
         quadratic = 2 * sequence_length**2 * site.attention_width
         return sequence_length * site.macs_per_token + quadratic
     raise ConfigError(f"unknown cost {cost!r}{did_you_mean(cost, COSTS)}")
-

@@ -63,7 +63,9 @@ def verify(folder: "str | Path") -> list[str]:
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name or "\0" in name or path.is_symlink() or "\\" in name:
-            raise CheckpointError(f"{MANIFEST}: {name!r} is not the plain name of a file in the folder.")
+            raise CheckpointError(
+                f"{MANIFEST}: {name!r} is not the plain name of a file in the folder."
+            )
         if not isinstance(expected, dict) or not path.is_file():
             raise CheckpointError(f"{path} is in the manifest and not in the folder.")
         if path.stat().st_size != expected.get("bytes"):

@@ -90,7 +90,12 @@ def _input_norm_hooks(
 
 
 def _add_gradients(
-    model: PreTrainedModel, batch: Batch, gates: Gates, names: Collection[str], sums: _Sums, seed: int
+    model: PreTrainedModel,
+    batch: Batch,
+    gates: Gates,
+    names: Collection[str],
+    sums: _Sums,
+    seed: int,
 ) -> None:
     inputs, mask = main_input(model, batch), token_mask(model, batch)
     examples = inputs.shape[0]

@@ -54,7 +54,9 @@ def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
         if not int(info):
             return factor, ridge
         ridge *= 2
-    raise NumericsError("a Gram matrix stayed singular however much it was damped: are inputs finite?")
+    raise NumericsError(
+        "a Gram matrix stayed singular however much it was damped: are inputs finite?"
+    )
 
 
 def solve_towards(
@@ -85,7 +87,9 @@ def solve_towards(
         cross = cross - torch.outer(mean_t, mean_x)
     diagonal = gram.diagonal().mean()
     if not torch.isfinite(diagonal):
-        raise NumericsError("the inputs of an output projection are not finite on calibration data.")
+        raise NumericsError(
+            "the inputs of an output projection are not finite on calibration data."
+        )
     old = weight.double()
     factor, damping = _cholesky(gram, ridge * max(float(diagonal), 1e-12))
     new = torch.cholesky_solve((cross + damping * old).T, factor).T

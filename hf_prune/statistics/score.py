@@ -60,11 +60,15 @@ def score(
     with torch.no_grad():
         for site in sites:
             arguments: dict[str, object] = {
-                name: _generator(site, seed) if name == "generator" else (statistics or {})[site.name][name]
+                name: _generator(site, seed)
+                if name == "generator"
+                else (statistics or {})[site.name][name]
                 for name in needs(function)
             }
             values = function(gate_weight(base, site).detach().cpu(), **arguments).double().cpu()
             if not torch.isfinite(values).all():
-                raise NumericsError(f"{site.name}: criterion {criterion!r} gave a score that is not finite.")
+                raise NumericsError(
+                    f"{site.name}: criterion {criterion!r} gave a score that is not finite."
+                )
             result[site.name] = values
     return result

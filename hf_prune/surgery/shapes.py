@@ -74,7 +74,9 @@ def check_shapes(shapes: Mapping[str, Any]) -> None:
         )
     for name, entry in _entries(shapes, "modules").items():
         if set(entry) != {"out", "in"}:
-            raise CheckpointError(f"quantization_config.modules[{name!r}] must have 'out' and 'in'.")
+            raise CheckpointError(
+                f"quantization_config.modules[{name!r}] must have 'out' and 'in'."
+            )
     _entries(shapes, "attributes")
 
 
@@ -89,7 +91,9 @@ def _resolve(base: nn.Module, name: str) -> nn.Module:
 
 def _check_module(name: str, module: nn.Module, entry: Mapping[str, int]) -> None:
     if type(module) not in (nn.Linear, Conv1D):
-        raise CheckpointError(f"{name} is a {type(module).__name__}; only Linear and Conv1D are resized.")
+        raise CheckpointError(
+            f"{name} is a {type(module).__name__}; only Linear and Conv1D are resized."
+        )
     out, inputs = logical_weight(module).shape
     if entry["out"] > out or entry["in"] > inputs:
         raise CheckpointError(

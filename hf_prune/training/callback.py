@@ -33,7 +33,9 @@ def _scheduled_stage(recipe: Recipe) -> Prune:
 
 def _check_arguments(args: Any, state: Any) -> None:
     if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-        raise ConfigError("PruneCallback does not support FSDP or DeepSpeed yet: use one process or DDP.")
+        raise ConfigError(
+            "PruneCallback does not support FSDP or DeepSpeed yet: use one process or DDP."
+        )
     if args.load_best_model_at_end:
         raise ConfigError(
             "load_best_model_at_end would bring back weights from before the masks had closed. Turn it "

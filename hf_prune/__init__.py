@@ -1,0 +1,43 @@
+"""Make Hugging Face transformers really smaller and really faster.
+
+Importing this package registers the loader of pruned models with transformers, and nothing else.
+"""
+
+from hf_prune.checkpoint.hook import register
+from hf_prune.checkpoint.manifest import verify
+from hf_prune.checkpoint.save import save_model
+from hf_prune.errors import HfPruneError
+from hf_prune.gates import close_gates
+from hf_prune.hub import push_to_hub
+from hf_prune.pipeline import compress
+from hf_prune.plan import Plan
+from hf_prune.recipe import Recipe, load_recipe
+from hf_prune.report.result import Result, save_result
+from hf_prune.sites import find_sites
+from hf_prune.surgery.reconstruct import reconstruct
+from hf_prune.surgery.remove import remove_units
+from hf_prune.training.callback import PruneCallback
+from hf_prune.training.distill import DistillCallback
+from hf_prune.training.zeros import KeepZeros
+
+__all__ = [
+    "DistillCallback",
+    "HfPruneError",
+    "KeepZeros",
+    "Plan",
+    "PruneCallback",
+    "Recipe",
+    "Result",
+    "close_gates",
+    "compress",
+    "find_sites",
+    "load_recipe",
+    "push_to_hub",
+    "reconstruct",
+    "remove_units",
+    "save_model",
+    "save_result",
+    "verify",
+]
+
+register()

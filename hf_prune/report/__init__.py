@@ -1,0 +1,1 @@
+"""How a result is shown: one dictionary of figures, a table, a picture, a model card."""
