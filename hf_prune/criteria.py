@@ -1,7 +1,7 @@
 """How much a unit matters: one pure function each, in one dict.
 
-A criterion sees a gate as `[U, N]` and never asks what the units are. Its keyword-only parameters are the
-list of the statistics that it needs. It returns `[U]`, higher = keep, in float32 or better.
+A criterion sees a gate as `[U, N]` and never asks what the units are. Its keyword-only parameters
+are the list of the statistics that it needs. It returns `[U]`, higher = keep, in float32 or better.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from hf_prune.recipe import did_you_mean
 STATISTICS: dict[str, str] = {
     "gate_grad": "[U], mean over examples of |d loss / d gate|; needs labels",
     "projected_fisher": "[U], mean over examples of (d (v . logits) / d gate)^2, v random signs",
-    "input_norm": "[U, D], root mean square over real tokens of each input of the output projection",
+    "input_norm": "[U, D], root mean square over real tokens of each input of the projection",
     "generator": "a seeded torch.Generator; needs no data",
 }
 """What a criterion may ask for, and what it then gets."""
@@ -144,7 +144,9 @@ def fisher(weight: Tensor, *, projected_fisher: Tensor) -> Tensor:
     Returns:
         `[U]`, in units of squared logits: the diagonal of the gates' Gauss-Newton matrix.
 
-    Source: the diagonal Fisher information of Kwon et al. 2022, arXiv:2204.09656, with random projections
-    of the logits in place of labels, because a fine-tuned model is right on nearly all its own examples.
+    Source: the diagonal Fisher information of Kwon et al. 2022, arXiv:2204.09656, with random
+        projections
+    of the logits in place of labels, because a fine-tuned model is right on nearly all its own
+    examples.
     """
     return projected_fisher

@@ -22,7 +22,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
 
 @dataclass
 class Gates:
-    """The gates of some sites. `values[name]` is `[U]` (or `[B, 1, U]`); absent = all open, at no cost."""
+    """The gates of some sites. `values[name]` is `[U]` (or `[B, 1, U]`); absent = all open."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -49,7 +49,7 @@ def _hook(gates: Gates, site: Site) -> Hook:
 
 
 def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
-    """Put a gate before the output projection of each site; all are open until `values` says otherwise."""
+    """Put a gate before each site's output projection; all open until `values` says otherwise."""
     base = base_model(model)
     gates = Gates()
     for site in sites:
@@ -62,8 +62,8 @@ def check_plan(plan: Plan, sites: Sequence[Site], model_type: str) -> list[Site]
     """The sites that a plan speaks of, in the order of the model.
 
     Raises:
-        PlanError: when the plan is of another family, names an unknown site, was made for other widths,
-            or would leave a site with nothing.
+        PlanError: when the plan is of another family, names an unknown site, was made for other
+            widths, or would leave a site with nothing.
     """
     if plan.model_type != model_type:
         raise PlanError(f"the plan is for a {plan.model_type!r} model, this is {model_type!r}.")
@@ -74,8 +74,8 @@ def check_plan(plan: Plan, sites: Sequence[Site], model_type: str) -> list[Site]
         site = known[name]
         if (site.units, site.kind) != (item.units, item.kind):
             raise PlanError(
-                f"{name}: the plan was made for {item.units} {item.kind}, the model has {site.units} "
-                f"{site.kind}. A plan holds for the widths that it was made from."
+                f"{name}: the plan was made for {item.units} {item.kind}, the model has "
+                f"{site.units} {site.kind}. A plan holds for the widths that it was made from."
             )
         if not item.kept:
             raise PlanError(f"{name}: the plan keeps nothing. At least one unit must stay.")

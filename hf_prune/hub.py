@@ -37,7 +37,9 @@ def check_no_secrets(path: Path) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
     for what, pattern in _SECRETS.items():
         if pattern.search(text):
-            raise CheckpointError(f"{path.name} has {what} in it: nothing was sent. Remove it first.")
+            raise CheckpointError(
+                f"{path.name} has {what} in it: nothing was sent. Remove it first."
+            )
 
 
 def _operations(folder: Path, card: str) -> list[CommitOperationAdd]:
@@ -47,7 +49,12 @@ def _operations(folder: Path, card: str) -> list[CommitOperationAdd]:
     paths |= {name: folder / name for name in PARTS if (folder / name).is_file()}
     operations = [CommitOperationAdd("README.md", card.encode())]
     for name, path in paths.items():
-        if name in _NEVER or path.is_symlink() or path.suffix not in _ALLOWED or name == "README.md":
+        if (
+            name in _NEVER
+            or path.is_symlink()
+            or path.suffix not in _ALLOWED
+            or name == "README.md"
+        ):
             continue
         if name not in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"):
             check_no_secrets(path)  # a vocabulary is not ours, and may hold anything
@@ -67,7 +74,8 @@ def push_folder(folder: "str | Path", repo_id: str, *, private: bool | None = No
         The address of the commit.
 
     Raises:
-        CheckpointError: when the folder is not complete, is damaged, or holds a secret: nothing was sent.
+        CheckpointError: when the folder is not complete, is damaged, or holds a secret: nothing was
+            sent.
     """
     folder = Path(folder)
     try:
@@ -78,7 +86,9 @@ def push_folder(folder: "str | Path", repo_id: str, *, private: bool | None = No
     operations = _operations(folder, card)
     api = HfApi(library_name="hf_prune")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.create_commit(repo_id, operations, commit_message="Upload a model pruned by hf_prune")
+    commit = api.create_commit(
+        repo_id, operations, commit_message="Upload a model pruned by hf_prune"
+    )
     return str(commit.commit_url)
 
 
@@ -104,7 +114,8 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        CheckpointError: when a folder is not complete or damaged, or holds a secret: nothing was sent.
+        CheckpointError: when a folder is not complete or damaged, or holds a secret: nothing was
+            sent.
     """
     if not isinstance(result, Result):
         return push_folder(result, repo_id, private=private)

@@ -1,4 +1,4 @@
-"""`compress`: recipe, model and data in; smaller model, plan and report out. Calls the rooms in order."""
+"""`compress`: recipe, model and data in; smaller model, plan and report out."""
 
 import copy
 import logging
@@ -82,7 +82,9 @@ def decide_structure(
     """
     sites = find_sites(model, stage.units, stage.ignore)
     if not sites:
-        raise ConfigError(f"no site is left to prune: ignore={list(stage.ignore)} matches all of them.")
+        raise ConfigError(
+            f"no site is left to prune: ignore={list(stage.ignore)} matches all of them."
+        )
     statistics = collect(model, sites, batches, needs(get_criterion(stage.criterion)), seed)
     scores = score(model, sites, stage.criterion, statistics, seed)
     layers = (stage.of, stage.cost) == ("layers", "parameters")
@@ -130,19 +132,19 @@ def compress(
 ) -> Result:
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
-    Train and distill stages of the recipe are left to a Trainer, and schedules with them: the report
-    lists what was left.
+    Train and distill stages of the recipe are left to a Trainer, and schedules with them: the
+    report lists what was left.
 
     Args:
         model: of a known family. It is not changed, so it can teach the result.
         recipe: a `Recipe`, the path of one, or its data.
         calibration: batches, dicts of tensors (`input_ids`, `attention_mask`, for some criteria
-            `labels`). Read once, up to the recipe's `calibration_samples`. Under several processes, each
-            passes its own share.
+            `labels`). Read once, up to the recipe's `calibration_samples`. Under several processes,
+            each passes its own share.
 
     Returns:
-        The smaller model, the plan in the numbering of the given model, and a report with exact counts
-        before and after. `save_result` writes it, `push_to_hub` shares it.
+        The smaller model, the plan in the numbering of the given model, and a report with exact
+        counts before and after. `save_result` writes it, `push_to_hub` shares it.
 
     Raises:
         ConfigError: when the recipe is not valid.

@@ -1,7 +1,7 @@
 """What stays: a `Plan`, plain data without tensors, written as JSON.
 
-The plan is the hinge of the library. Everything before it decides, everything after it obeys. It can be
-made on one machine and applied on another, and is the same for one process or sixteen.
+The plan is the hinge of the library. Everything before it decides, everything after it obeys. It
+can be made on one machine and applied on another, and is the same for one process or sixteen.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class SitePlan:
             raise PlanError("kept indices must be integers.")
         if any(a >= b for a, b in zip(self.kept, self.kept[1:], strict=False)):
             raise PlanError("kept indices must be sorted, each of them once.")
-        if self.kept and not (0 <= self.kept[0] and self.kept[-1] < self.units):
+        if self.kept and not (self.kept[0] >= 0 and self.kept[-1] < self.units):
             raise PlanError(f"kept indices must lie in [0, {self.units}).")
 
     @property
@@ -53,9 +53,10 @@ class SitePlan:
 class Plan:
     """What stays of a model.
 
-    `sites` are keyed by the name of the site and `weights` by the name of the parameter, both from the
-    base model (`encoder.layer.0.attention`), so that one plan fits the model with any head or none.
-    `weights` counts the entries that stay different from zero; which ones is in the checkpoint itself.
+    `sites` are keyed by the name of the site and `weights` by the name of the parameter, both from
+    the base model (`encoder.layer.0.attention`), so that one plan fits the model with any head or
+    none. `weights` counts the entries that stay different from zero; which ones is in the
+    checkpoint itself.
     """
 
     model_type: str

@@ -1,7 +1,7 @@
 """What should happen: a `Recipe` of ordered stages, written as YAML.
 
-A recipe holds plain values only. It is strict (an unknown key is an error with a suggestion), frozen,
-and survives a round trip through YAML. This module does not import torch.
+A recipe holds plain values only. It is strict (an unknown key is an error with a suggestion),
+frozen, and survives a round trip through YAML. This module does not import torch.
 """
 
 import difflib
@@ -82,7 +82,7 @@ class Prune(_Model):
     reconstruct: bool = True
     """Re-fit the output projections after removal (one-shot only)."""
     ridge: float = Field(default=1e-2, gt=0)
-    """Pull of the re-fit towards the old weights, relative to the mean diagonal of the Gram matrix."""
+    """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
 
@@ -204,11 +204,11 @@ _Loader.yaml_implicit_resolvers.setdefault("", []).append(
 def _unique_keys(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # PyYAML
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str) or key in result:
             why = "appears twice" if isinstance(key, str) else "is not a string"
             raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} {why}.")
-        result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        result[key] = loader.construct_object(value_node, deep=True)
     return result
 
 
@@ -219,11 +219,12 @@ def _check_events(text: str) -> None:
     """Refuse what a recipe never needs, before anything is composed or built."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"line {line}: anchors and aliases are not allowed: write it out.")
-        if getattr(event, "tag", None):
-            raise ConfigError(f"line {line}: tags such as {event.tag!r} are not allowed.")
+        tag = getattr(event, "tag", None)
+        if tag:
+            raise ConfigError(f"line {line}: tags such as {tag!r} are not allowed.")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -236,11 +237,12 @@ def parse_yaml(text: str) -> Any:
     """Plain data from YAML text, hardened.
 
     Raises:
-        ConfigError: on aliases, tags, duplicate or non-string keys, deep nesting, or a syntax error.
+        ConfigError: on aliases, tags, duplicate or non-string keys, deep nesting, or a syntax
+            error.
     """
     try:
         _check_events(text)
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader, stricter
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}") from error
 

@@ -1,7 +1,7 @@
 """What can go: the sites of a model, with the slices of the weights that each of their units owns.
 
-This is the only module that reads `families`. Everything after it works on slices and never asks which
-family a model is of. All names are relative to the base model, so that what is said about
+This is the only module that reads `families`. Everything after it works on slices and never asks
+which family a model is of. All names are relative to the base model, so that what is said about
 `BertForSequenceClassification` also holds for `BertModel`.
 """
 
@@ -46,8 +46,8 @@ class Site:
     """All units of one kind in one block of one layer.
 
     `gate` is the slice whose columns the units feed; criteria read it and masks act on its input.
-    Costs are per unit: `parameters`, `macs_per_token`, and `attention_width`, the width that enters the
-    quadratic part of attention (zero for neurons).
+    Costs are per unit: `parameters`, `macs_per_token`, and `attention_width`, the width that enters
+    the quadratic part of attention (zero for neurons).
     """
 
     name: str
@@ -79,12 +79,14 @@ def assert_plain(model: nn.Module) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers PreTrainedModel. Unwrap it first: `.module` of "
-            "DistributedDataParallel, `._orig_mod` of torch.compile, `.merge_and_unload()` of PEFT."
+            f"{type(model).__name__} is not a transformers PreTrainedModel. Unwrap it first: "
+            "`.module` of DistributedDataParallel, `._orig_mod` of torch.compile, "
+            "`.merge_and_unload()` of PEFT."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError(
-            "the model is quantized. Prune first, then quantize: load it without quantization_config."
+            "the model is quantized. Prune first, then quantize: load it without "
+            "quantization_config."
         )
 
 
@@ -98,8 +100,8 @@ def get_module(root: nn.Module, name: str) -> nn.Module:
         return root.get_submodule(name)
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"{type(root).__name__} has no module {name!r}: its layout is not the one that its family "
-            "description states."
+            f"{type(root).__name__} has no module {name!r}: its layout is not the one that "
+            "its family description states."
         ) from error
 
 
@@ -140,7 +142,8 @@ def gate_weight(root: nn.Module, site: Site) -> Tensor:
     """The entries that each unit owns in its output projection, `[U, N]` with `N = width * E`."""
     weight = logical_weight(projection(root, site.gate.module))  # [E, U * D]
     by_unit = weight.unflatten(1, (site.units, site.gate.width))  # [E, U, D]
-    return by_unit.transpose(0, 1).flatten(1)  # [U, N] with N = E * D
+    result: Tensor = by_unit.transpose(0, 1).flatten(1)  # [U, N] with N = E * D
+    return result
 
 
 def _join(*parts: str) -> str:

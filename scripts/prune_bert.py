@@ -1,7 +1,8 @@
 """Fine-tune, prune, recover, measure and save a text classifier, as a recipe says.
 
-    accelerate launch scripts/prune_bert.py                                 # packaged model and data, offline
-    accelerate launch scripts/prune_bert.py --model_name_or_path me/bert-sst2 --dataset_name stanfordnlp/sst2 \
+    accelerate launch scripts/prune_bert.py                                 # packaged model and
+    data, offline accelerate launch scripts/prune_bert.py --model_name_or_path me/bert-sst2
+    --dataset_name stanfordnlp/sst2 \
         --text_column sentence --eval_split validation --recipe recipes/bert/speedup-2x.yaml
 
 In the output folder: model/ (loads with plain from_pretrained after `import hf_prune`), plan.json,
@@ -118,9 +119,15 @@ def load_data(arguments: Arguments, seed: int) -> DatasetDict:
                 raise DataError(f"no column {column!r}; there are {', '.join(rows.column_names)}.")
         rows = rows.select_columns([arguments.text_column, arguments.label_column])
         rows = rows.rename_columns(
-            {a: b for a, b in ((arguments.text_column, "text"), (arguments.label_column, "label")) if a != b}
+            {
+                a: b
+                for a, b in ((arguments.text_column, "text"), (arguments.label_column, "label"))
+                if a != b
+            }
         )
-        parts[part] = rows.shuffle(seed=seed).select(range(most)) if most and most < len(rows) else rows
+        parts[part] = (
+            rows.shuffle(seed=seed).select(range(most)) if most and most < len(rows) else rows
+        )
     return DatasetDict(parts)
 
 
@@ -135,7 +142,8 @@ def class_names(data: DatasetDict) -> list[str]:
         for index, label in enumerate(rows["label"]):
             if not isinstance(label, int) or not 0 <= label < len(names):
                 raise DataError(
-                    f"split {part}, row {index}: label {label!r} is not an integer in [0, {len(names)})."
+                    f"split {part}, row {index}: label {label!r} is not an integer in "
+                    f"[0, {len(names)})."
                 )
     return names
 
@@ -144,7 +152,10 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: 
     """Token ids; padding is left to the collator."""
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        return {**tokenizer(rows["text"], truncation=True, max_length=max_length), "labels": rows["label"]}
+        return {
+            **tokenizer(rows["text"], truncation=True, max_length=max_length),
+            "labels": rows["label"],
+        }
 
     return data.map(encode, batched=True, remove_columns=["text", "label"], desc="Tokenizing")
 
@@ -186,7 +197,9 @@ class Job:
         """Evaluate a model and write its figures under `stages`."""
         length = self.arguments.max_length
         rows = self.data["test"]
-        scores = evaluate(model, self.batches(rows, self.arguments.eval_batch_size, f"Measuring {name}"))
+        scores = evaluate(
+            model, self.batches(rows, self.arguments.eval_batch_size, f"Measuring {name}")
+        )
         figures = measure_stage(model, length)
         figures |= {"accuracy": scores["accuracy"], "loss": scores["loss"]}
         if self.arguments.metric:
@@ -329,7 +342,7 @@ def describe(job: Job) -> None:
 
 def main() -> None:
     """Parse, run, show, save, push."""
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
     level = logging.INFO if state.is_main_process else logging.WARNING
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)

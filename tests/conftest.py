@@ -60,7 +60,13 @@ TINY: dict[str, Callable[[], Any]] = {
         num_labels=3,
     ),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_inner=48, n_positions=140, **_SPECIAL
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_inner=48,
+        n_positions=140,
+        **_SPECIAL,
     ),
     "llama": lambda: LlamaConfig(
         vocab_size=VOCABULARY,

@@ -1,8 +1,8 @@
 """Solvers: which units stay within a budget.
 
-Every solver here is an order in which units are taken, best first. `select` takes the floors, then as much
-of the order as fits, and stops at the first unit that does not. So a budget is never exceeded, and a larger
-one keeps a superset.
+Every solver here is an order in which units are taken, best first. `select` takes the floors, then
+as much of the order as fits, and stops at the first unit that does not. So a budget is never
+exceeded, and a larger one keeps a superset.
 """
 
 import math
@@ -114,8 +114,8 @@ def select(
         floors: by kind, how many units every site keeps whatever the budget (1 where not given).
 
     Returns:
-        For each site the sorted indices that stay. Their cost is at most `budget`, unless the floors
-        alone exceed it.
+        For each site the sorted indices that stay. Their cost is at most `budget`, unless the
+        floors alone exceed it.
     """
     rank = get_solver(solver)
     if not sites:
@@ -145,8 +145,8 @@ def decide(
         scores: for each site `[U]`, higher = keep.
         stage: solver, cost, sparsity and floors.
         model_type: of the model, for the plan.
-        base: what the sparsity is a fraction of, in the unit of `stage.cost`; the cost of all units of
-            all sites, if not given.
+        base: what the sparsity is a fraction of, in the unit of `stage.cost`; the cost of all units
+            of all sites, if not given.
     """
     costs = {site.name: unit_cost(site, stage.cost, stage.sequence_length) for site in sites}
     prunable = sum(site.units * costs[site.name] for site in sites)

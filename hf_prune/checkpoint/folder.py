@@ -1,7 +1,7 @@
 """Folders written as a whole: the old or the new one is on disk at any moment, never a half.
 
-What is written goes into a sibling folder first. When it is complete it is flushed to disk and takes the
-place of the old one in one step.
+What is written goes into a sibling folder first. When it is complete it is flushed to disk and
+takes the place of the old one in one step.
 """
 
 import ctypes
@@ -32,8 +32,8 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{out} exists and is not a folder: choose another output folder.")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise OutputExistsError(
-            f"{out} exists and is not empty. Nothing was written. Choose another folder, or allow it to be "
-            "replaced with overwrite=True (on the command line: --overwrite)."
+            f"{out} exists and is not empty. Nothing was written. Choose another folder, or allow "
+            "it to be replaced with overwrite=True (on the command line: --overwrite)."
         )
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):

@@ -1,21 +1,22 @@
 """The hook by which transformers loads a pruned model.
 
-transformers lets a package register a quantizer. It is called after the model was built on `meta` and before
-weights are read, which is when modules must be narrowed. After loading, its flags are taken off again, so
-that the model is an ordinary one for Trainer, `.half()`, PEFT and `torch.compile`.
+transformers lets a package register a quantizer. It is called after the model was built on `meta`
+and before weights are read, which is when modules must be narrowed. After loading, its flags are
+taken off again, so that the model is an ordinary one for Trainer, `.half()`, PEFT and
+`torch.compile`.
 """
 
 import contextlib
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_prune.surgery.shapes import QUANT_METHOD, apply_shapes_, check_shapes
@@ -53,7 +54,7 @@ class HfPruneQuantizer(HfQuantizer):
         for name in ("hf_quantizer", "quantization_method"):
             with contextlib.suppress(AttributeError):
                 delattr(model, name)
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]  # a plain flag
         for module in model.modules():
             config = getattr(module, "config", None)
             if config is not None and hasattr(config, "_is_quantized"):

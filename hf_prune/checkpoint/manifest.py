@@ -70,8 +70,8 @@ def verify(folder: "str | Path") -> list[str]:
             raise CheckpointError(f"{path} is in the manifest and not in the folder.")
         if path.stat().st_size != expected.get("bytes"):
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {expected.get('bytes')}: "
-                "it was cut short or changed. Save or download it again."
+                f"{path} has {path.stat().st_size} bytes, the manifest says "
+                f"{expected.get('bytes')}: it was cut short or changed. Save or download it again."
             )
         if sha256(path) != expected.get("sha256"):
             raise CheckpointError(

@@ -1,6 +1,6 @@
 """BERT and the families that share its layers."""
 
-from hf_prune.families.spec import Attention, Ffn, Family, Stack
+from hf_prune.families.spec import Attention, Family, Ffn, Stack
 
 BERT_STACK = Stack(
     layers="encoder.layer",

@@ -1,6 +1,6 @@
 """DistilBERT."""
 
-from hf_prune.families.spec import Attention, Ffn, Family, Stack
+from hf_prune.families.spec import Attention, Family, Ffn, Stack
 
 DISTILBERT = Family(
     "distilbert",

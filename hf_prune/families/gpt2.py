@@ -1,6 +1,6 @@
 """GPT-2: one `Conv1D` packs queries, keys and values."""
 
-from hf_prune.families.spec import Attention, Ffn, Family, Stack
+from hf_prune.families.spec import Attention, Family, Ffn, Stack
 
 GPT2 = Family(
     "gpt2",

@@ -1,6 +1,6 @@
 """Llama: grouped queries, gated feed-forward blocks."""
 
-from hf_prune.families.spec import Attention, Ffn, Family, Stack
+from hf_prune.families.spec import Attention, Family, Ffn, Stack
 
 LLAMA = Family(
     "llama",

@@ -8,8 +8,8 @@ class Attention:
     """One attention block. Names are relative to `path`, but for `sum`.
 
     Either `q`, `k` and `v` name three projections, or `qkv` names one that packs them one after the
-    other. `counts` are attributes that hold the number of (query) heads and `widths` those that hold
-    heads times head width; both are on the module `core` and are kept true after surgery.
+    other. `counts` are attributes that hold the number of (query) heads and `widths` those that
+    hold heads times head width; both are on the module `core` and are kept true after surgery.
     """
 
     path: str
@@ -17,7 +17,7 @@ class Attention:
     out: str
     """Output projection."""
     sum: str
-    """From the layer to the module that receives the sum of residual and output; "" = the layer's end."""
+    """From the layer to the module that gets the sum of residual and output; "" = layer's end."""
     head_dim: str
     """Attribute of `core` with the width of one head."""
     q: str = ""
@@ -32,7 +32,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Ffn:
-    """One feed-forward block. Names are relative to the layer, `counts` are attributes of `path`."""
+    """One feed-forward block. Names are relative to the layer; `counts` are on `path`."""
 
     up: tuple[str, ...]
     """Projections from the model's width to the neurons; two of them when gated."""

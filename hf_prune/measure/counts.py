@@ -43,7 +43,7 @@ def example_batch(
     model: PreTrainedModel, batch_size: int, sequence_length: int
 ) -> dict[str, torch.Tensor]:
     """Token ids for measuring: `[B, T]`, on the model's device, all of them real tokens."""
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    vocabulary = int(model.get_input_embeddings().weight.size(0))  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     low = min(5, vocabulary - 1)  # past padding and the like
     ids = torch.randint(low, vocabulary, (batch_size, sequence_length), generator=generator)
@@ -53,7 +53,7 @@ def example_batch(
 
 @torch.no_grad()
 def count_macs(model: PreTrainedModel, sequence_length: int = 128) -> int:
-    """Multiply-accumulates of one sequence: half the FLOPs that torch counts in a real forward pass."""
+    """Multiply-accumulates of one sequence: half the FLOPs that torch counts in a real pass."""
     training = model.training
     model.eval()
     kwargs = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
@@ -66,7 +66,7 @@ def count_macs(model: PreTrainedModel, sequence_length: int = 128) -> int:
 
 
 def count_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights on disk: the model is saved to a temporary folder and its files measured."""
+    """Bytes of the weights on disk: the model is saved to a temporary folder, and measured."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Latency: measured, never derived, and the models in turn so that a busy machine is fair to all."""
+"""Latency: measured, never derived; models in turn, so that a busy machine is fair to all."""
 
 import statistics
 import time

@@ -66,7 +66,7 @@ def render_card(report: dict[str, Any], repo_id: str | None = None) -> str:
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_prune", "report"),
-        autoescape=False,  # noqa: S701  # Markdown: `plain` escapes what is not ours
+        autoescape=False,  # Markdown: `plain` escapes what is not ours
         keep_trailing_newline=True,
     )
     environment.filters["plain"] = plain

@@ -33,8 +33,8 @@ REPORT_VERSION = 1
 class Result:
     """What a compression gives back.
 
-    `masks` says which single weights stay (pass them to `KeepZeros` when training goes on); it is empty
-    where no single weight was pruned.
+    `masks` says which single weights stay (pass them to `KeepZeros` when training goes on); it is
+    empty where no single weight was pruned.
     """
 
     model: PreTrainedModel
@@ -84,7 +84,9 @@ def new_report(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def save_result(result: Result, out: "str | Path", *, overwrite: bool = False) -> None:
-    """Write `model/`, `plan.json`, `recipe.yaml`, `report.json`, `README.md` and `units.svg`, all or none.
+    """Write a result into a folder, all of it or nothing.
+
+    The folder has `model/`, `plan.json`, `recipe.yaml`, `report.json`, `README.md` and `units.svg`.
 
     Raises:
         OutputExistsError: when `out` exists and `overwrite` is off: nothing was written.

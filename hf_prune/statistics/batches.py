@@ -36,7 +36,8 @@ def check_batch(model: PreTrainedModel, batch: Batch, index: int) -> None:
     """Refuse what would crash or poison a pass, before it runs.
 
     Raises:
-        DataError: naming the batch and the row of a label or token id out of range, or an empty batch.
+        DataError: naming the batch and the row of a label or token id out of range, or an empty
+            batch.
     """
     if not isinstance(batch, Mapping):
         raise DataError(f"batch {index} is a {type(batch).__name__}; expected a dict of tensors.")
@@ -50,14 +51,14 @@ def check_batch(model: PreTrainedModel, batch: Batch, index: int) -> None:
         if bad.any():
             row = int(bad.any(dim=1).nonzero()[0])
             raise DataError(
-                f"batch {index}, row {row}: token id {int(inputs[bad][0])} is outside [0, {vocabulary}). "
-                "Is the tokenizer the one of this model?"
+                f"batch {index}, row {row}: token id {int(inputs[bad][0])} is outside "
+                f"[0, {vocabulary}). Is the tokenizer the one of this model?"
             )
     labels = batch.get("labels")
     if labels is not None and not labels.is_floating_point():
         head = model.get_output_embeddings()
-        classes = int(vocabulary) if head is not None and vocabulary else model.config.num_labels
-        _check_labels(labels, classes, index)
+        classes = vocabulary if head is not None and vocabulary else model.config.num_labels
+        _check_labels(labels, int(classes or 0), index)
 
 
 def _first(batch: Batch, rows: int, examples: int) -> dict[str, Tensor]:
@@ -91,8 +92,8 @@ def take(
         )
     if count < at_least:
         raise DataError(
-            f"the calibration set has {count} examples, fewer than min_calibration_samples={at_least}. "
-            "Pass more batches, or lower it in the recipe."
+            f"the calibration set has {count} examples, fewer than "
+            f"min_calibration_samples={at_least}. Pass more batches, or lower it in the recipe."
         )
     return taken
 

@@ -43,8 +43,8 @@ def project_logits(logits: Tensor, inputs: Tensor, mask: Tensor, seed: int) -> T
         seed: of the whole run.
 
     Returns:
-        `[B]`: the sum of `v * z`, `v` in {-1, +1} with its mean over classes taken off, since adding a
-        constant to all logits changes no probability.
+        `[B]`: the sum of `v * z`, `v` in {-1, +1} with its mean over classes taken off, since
+        adding a constant to all logits changes no probability.
     """
     result = []
     for row in range(logits.shape[0]):
@@ -167,7 +167,8 @@ def collect(
     """The named statistics of each site, over all batches of all processes.
 
     Args:
-        model: in any mode; evaluated in eval mode and left as it was. Its gradients are not touched.
+        model: in any mode; evaluated in eval mode and left as it was. Its gradients are not
+            touched.
         sites: from `find_sites`.
         batches: dicts of tensors, read once. Padding, by `attention_mask`, is never counted.
         names: keys of `hf_prune.criteria.STATISTICS`.
@@ -195,8 +196,8 @@ def collect(
     result: Statistics = {site.name: {} for site in sites}
     for site in sites:
         for name in sorted(data):
-            # MPS has no float64, and the sums are on the CPU: gloo and NCCL get them where they work.
-            total = sum_over_processes(sums.values[site.name][name].to(model.device)).cpu()
+            value = sums.values[site.name][name].to(model.device)
+            total = sum_over_processes(value).cpu()
             mean = (total / tokens).sqrt() if name == "input_norm" else total / examples
             if not torch.isfinite(mean).all():
                 raise NumericsError(

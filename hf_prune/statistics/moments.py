@@ -1,7 +1,7 @@
 """Moments of inputs and targets, streamed, and the ridge regression that they determine.
 
-The engine of every re-fit: sums over tokens are added batch by batch, over processes if there are many,
-and one damped solve towards the old weights follows.
+The engine of every re-fit: sums over tokens are added batch by batch, over processes if there are
+many, and one damped solve towards the old weights follows.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,8 @@ def solve_towards(
         moments: of all tokens.
         weight: `W0`, `[outputs, inputs]`.
         bias: `[outputs]`, or None: then nothing is centred.
-        ridge: relative to the mean diagonal. It is doubled where the matrix is singular all the same.
+        ridge: relative to the mean diagonal. It is doubled where the matrix is singular all the
+            same.
 
     Returns:
         New weight and bias, in the dtype of the old ones.

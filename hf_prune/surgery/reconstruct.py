@@ -1,13 +1,13 @@
 """Reconstruction: what is left is re-fitted, in sequence, to what the dense network computed.
 
-Layer after layer, attention before feed-forward. Each narrowed output projection sees the inputs that the
-already pruned and re-fitted network really gives it, and is fitted to the dense network's sum of residual
-and output, so that it also repairs what earlier sites lost. Two streams of hidden states are kept, and one
-layer of each network is run at a time.
+Layer after layer, attention before feed-forward. Each narrowed output projection sees the inputs
+that the already pruned and re-fitted network really gives it, and is fitted to the dense network's
+sum of residual and output, so that it also repairs what earlier sites lost. Two streams of hidden
+states are kept, and one layer of each network is run at a time.
 
-Sources: least-squares reconstruction of pruned layers, He et al. 2017, arXiv:1707.06168; the dense target
-for drifted inputs is the asymmetric calibration of GPTAQ, arXiv:2504.02692, applied here to the sum after
-the residual, so that what the residual lost is part of the target.
+Sources: least-squares reconstruction of pruned layers, He et al. 2017, arXiv:1707.06168; the
+dense target for drifted inputs is the asymmetric calibration of GPTAQ, arXiv:2504.02692, applied
+here to the sum after the residual, so that what the residual lost is part of the target.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,7 +166,7 @@ def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         bias = None if bias is None else broadcast(bias)
     logical_weight(module).data.copy_(weight)
     if bias is not None:
-        module.bias.data.copy_(bias)  # type: ignore[union-attr,operator]  # it has one
+        module.bias.data.copy_(bias)  # type: ignore[operator]  # it has one
 
 
 def _by_layer(sites: Sequence[Site]) -> dict[str, list[Site]]:
@@ -192,8 +192,8 @@ def reconstruct(
         dense: the same model before; it is not changed.
         batches: calibration batches, of which padding is never counted. Labels are not used.
         ridge: pull towards the old weights, relative to the mean diagonal of the Gram matrix.
-        changed: names of the sites to re-fit. All sites from the first narrowed one on, if not given:
-            a site that lost nothing still repairs what earlier ones lost.
+        changed: names of the sites to re-fit. All sites from the first narrowed one on, if not
+            given: a site that lost nothing still repairs what earlier ones lost.
 
     Returns:
         The names of the sites that were re-fitted, in order.

@@ -18,9 +18,9 @@ def _positions(item: Slice, units: tuple[int, ...]) -> list[int]:
 def remove_units(model: PreTrainedModel, plan: Plan) -> None:
     """Really remove, in place, what a plan does not keep.
 
-    The model gets smaller matrices (new parameters: make the optimizer afterwards), the attributes that
-    hold widths follow, and its config describes the result, so that `save_pretrained` and then plain
-    `from_pretrained` work. Everything is checked before anything is changed.
+    The model gets smaller matrices (new parameters: make the optimizer afterwards), the attributes
+    that hold widths follow, and its config describes the result, so that `save_pretrained` and then
+    plain `from_pretrained` work. Everything is checked before anything is changed.
 
     Raises:
         PlanError: when the plan was made for another model or other widths.

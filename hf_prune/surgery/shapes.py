@@ -1,7 +1,7 @@
 """Widths written down: what a pruned model's config must say so that it can be built again.
 
-The description is keyed by module path from the base model, with absolute sizes. It needs no knowledge of
-the family, and it is checked against the model in full before any of it is acted on.
+The description is keyed by module path from the base model, with absolute sizes. It needs no
+knowledge of the family, and it is checked against the model in full before any of it is acted on.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ MAX_ENTRIES = 1 << 20
 
 
 def narrow_(module: nn.Module, axis: int, index: Tensor) -> None:
-    """Keep the given rows (`axis` 0, with the bias) or columns (`axis` 1) of a `Linear` or `Conv1D`."""
-    index = index.to(module.weight.device)  # type: ignore[union-attr,arg-type]  # a parameter
+    """Keep some rows (`axis` 0, with the bias) or columns (`axis` 1) of a linear layer."""
+    index = index.to(module.weight.device)  # type: ignore[arg-type]  # a parameter
     stored_axis = 1 - axis if isinstance(module, Conv1D) else axis
     for name, dim in (("weight", stored_axis), ("bias", 0)):
         old = getattr(module, name)
@@ -69,8 +69,8 @@ def check_shapes(shapes: Mapping[str, Any]) -> None:
     """
     if shapes.get("version") != SHAPES_VERSION or isinstance(shapes.get("version"), bool):
         raise CheckpointError(
-            f"quantization_config.version is {shapes.get('version')!r}; this hf_prune reads version "
-            f"{SHAPES_VERSION}. A newer checkpoint needs a newer hf_prune."
+            f"quantization_config.version is {shapes.get('version')!r}; this hf_prune reads "
+            f"version {SHAPES_VERSION}. A newer checkpoint needs a newer hf_prune."
         )
     for name, entry in _entries(shapes, "modules").items():
         if set(entry) != {"out", "in"}:
@@ -151,8 +151,8 @@ def get_shapes(model: PreTrainedModel) -> dict[str, Any]:
     data = config if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
     if data and data.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"the config has a quantization_config of {data.get('quant_method')!r}: prune first, then "
-            "quantize."
+            f"the config has a quantization_config of {data.get('quant_method')!r}: prune first, "
+            "then quantize."
         )
     return {
         "quant_method": QUANT_METHOD,

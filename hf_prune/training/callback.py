@@ -25,8 +25,9 @@ def _scheduled_stage(recipe: Recipe) -> Prune:
     stages = [stage for stage in recipe.prune_stages if stage.schedule is not None]
     if len(stages) != 1:
         raise ConfigError(
-            f"PruneCallback needs a recipe with exactly one prune stage that has a schedule; this one has "
-            f"{len(stages)}. Use compress() to prune in one shot, and one callback for each gradual stage."
+            f"PruneCallback needs a recipe with exactly one prune stage that has a schedule; "
+            f"this one has {len(stages)}. Use compress() to prune in one shot, and one callback "
+            "for each gradual stage."
         )
     return stages[0]
 
@@ -38,18 +39,20 @@ def _check_arguments(args: Any, state: Any) -> None:
         )
     if args.load_best_model_at_end:
         raise ConfigError(
-            "load_best_model_at_end would bring back weights from before the masks had closed. Turn it "
-            "off while pruning, and use it in the recovery that follows."
+            "load_best_model_at_end would bring back weights from before the masks had closed. "
+            "Turn it off while pruning, and use it in the recovery that follows."
         )
     if state.global_step > 0:
         raise ConfigError(
-            f"this training resumes at step {state.global_step}, and the masks of the first part are not "
-            "known. Start it anew."
+            f"this training resumes at step {state.global_step}, and the masks of the first part "
+            "are not known. Start it anew."
         )
 
 
 def rebind_optimizer_(optimizer: Any, names: Mapping[int, str], model: nn.Module) -> None:
-    """Make an optimizer hold a model's new parameters instead of the removed ones; its state is emptied.
+    """Make an optimizer hold a model's new parameters instead of the removed ones.
+
+    Its state is emptied.
 
     Args:
         optimizer: made before parameters were replaced.
@@ -69,8 +72,8 @@ class PruneCallback(TrainerCallback):
     """Prunes a model on a schedule while any Trainer trains it.
 
     Gates close step by step; when training ends, what they closed is really removed, and
-    `trainer.save_model(...)` writes a smaller model that plain `from_pretrained` loads. Works on one
-    process and under DistributedDataParallel, where all processes take the same decision.
+    `trainer.save_model(...)` writes a smaller model that plain `from_pretrained` loads. Works on
+    one process and under DistributedDataParallel, where all processes take the same decision.
 
     Args:
         recipe: a `Recipe`, its path or its data, with exactly one prune stage that has a schedule.

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # the customary name
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
@@ -18,7 +18,8 @@ def distillation_loss(
 ) -> Tensor:
     """How far the student's distribution is from the teacher's.
 
-    `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, mean over examples (over counted tokens).
+    `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, mean over examples (over counted
+    tokens).
 
     Args:
         student: logits, `[B, C]` or `[B, T, C]`.
@@ -54,8 +55,9 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 class DistillCallback(TrainerCallback):
     """Adds the loss of a teacher to that of the labels while any Trainer trains a model.
 
-    The loss becomes `alpha * distillation + (1 - alpha) * labels`, in training only; evaluation reports
-    the loss of the labels. The teacher runs in eval mode, without gradients, on the student's device.
+    The loss becomes `alpha * distillation + (1 - alpha) * labels`, in training only; evaluation
+    reports the loss of the labels. The teacher runs in eval mode, without gradients, on the
+    student's device.
 
     Args:
         teacher: the dense model. It is not changed and not saved.

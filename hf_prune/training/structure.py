@@ -54,8 +54,9 @@ class StructuredPruning:
         missing = set(needs(get_criterion(self.stage.criterion))) - TRAINING_STATISTICS
         if missing:
             raise ConfigError(
-                f"criterion {self.stage.criterion!r} needs {sorted(missing)}, which training does not "
-                "provide. Use 'taylor', 'magnitude' or 'random' here, or prune in one shot with compress()."
+                f"criterion {self.stage.criterion!r} needs {sorted(missing)}, which training "
+                "does not provide. Use 'taylor', 'magnitude' or 'random' here, or prune in one "
+                "shot with compress()."
             )
 
     def start(self, model: PreTrainedModel) -> None:

@@ -162,12 +162,13 @@ def test_base_model_from_task_checkpoint(name, pruned, inputs_for, tmp_path):
     model, batch = pruned(name), inputs_for(name)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
+    # RobertaModel has a pooler of its own when it stands alone
+    assert all(key.startswith("pooler.") for key in info["missing_keys"])
     assert not info["mismatched_keys"]
     base = base_model(model)
     wanted = dict(base.named_parameters())
     for key, parameter in loaded.named_parameters():
-        if not key.startswith("pooler."):  # BertModel has one of its own when it stands alone
+        if key not in info["missing_keys"]:
             assert torch.equal(parameter, wanted[key]), key
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
@@ -299,7 +300,8 @@ def test_attentions_and_hidden_states(name, tiny, uneven_plan, inputs_for):
 def test_gradient_checkpointing(name, pruned, inputs_for):
     batch = inputs_for(name)
     plain, checkpointed = pruned(name), pruned(name)
-    checkpointed.gradient_checkpointing_enable()
+    new = getattr(checkpointed, "activation_checkpointing_enable", None)  # the name since 5.2x
+    (new or checkpointed.gradient_checkpointing_enable)()
     for model in (plain, checkpointed):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):

@@ -1,0 +1,162 @@
+"""Old or new, never half."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from hf_prune.checkpoint import folder as folder_module
+from hf_prune.checkpoint.folder import check_output, staged_folder
+from hf_prune.checkpoint.manifest import verify
+from hf_prune.checkpoint.save import save_model
+from hf_prune.errors import CheckpointError, OutputExistsError
+from hf_prune.surgery.remove import remove_units
+
+
+def content(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def write(path, text, **options):
+    with staged_folder(path, **options) as stage:
+        (stage / "a.txt").write_text(text)
+        (stage / "b.txt").write_text(text)
+
+
+def write_half(path, error, **options):
+    with staged_folder(path, **options) as stage:
+        (stage / "a.txt").write_text("half")
+        raise error
+
+
+def test_new_folder_appears_when_complete(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged_folder(out) as stage:
+        (stage / "a.txt").write_text("new")
+        assert not out.exists()
+    assert content(out) == {"a.txt": b"new"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_nothing(tmp_path, error):
+    out = tmp_path / "out"
+    with pytest.raises(error):
+        write_half(out, error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_leaves_the_old(tmp_path):
+    out = tmp_path / "out"
+    write(out, "old")
+    with pytest.raises(RuntimeError):
+        write_half(out, RuntimeError, overwrite=True)
+    assert content(out) == {"a.txt": b"old", "b.txt": b"old"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_existing_output_is_refused(tmp_path):
+    out = tmp_path / "out"
+    write(out, "old")
+    with pytest.raises(OutputExistsError, match=r"out exists and is not empty.*overwrite=True"):
+        write(out, "new")
+    assert content(out) == {"a.txt": b"old", "b.txt": b"old"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite_replaces_all_of_it(tmp_path, exchange, monkeypatch):
+    if not exchange:  # as on systems that cannot swap two folders
+        monkeypatch.setattr(folder_module, "_exchange", lambda new, old: False)
+    out = tmp_path / "out"
+    write(out, "old")
+    (out / "more.txt").write_text("old")
+    write(out, "new", overwrite=True)
+    assert content(out) == {"a.txt": b"new", "b.txt": b"new"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_empty_folder_needs_no_permission(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out, "new")
+    assert content(out) == {"a.txt": b"new", "b.txt": b"new"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_modes_follow_the_umask(tiny, tmp_path, umask, mode):
+    old = os.umask(umask)
+    try:
+        save_model(tiny("bert"), tmp_path / "out")
+    finally:
+        os.umask(old)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == mode
+    assert set(modes.values()) == {mode}
+
+
+def test_a_link_is_refused(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    write(target, "old")
+    link.symlink_to(target)
+    with pytest.raises(CheckpointError, match="link is a symbolic link"):
+        write(link, "new", overwrite=True)
+    assert link.is_symlink()
+    assert content(target) == {"a.txt": b"old", "b.txt": b"old"}
+
+
+def test_a_file_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(CheckpointError, match="file exists and is not a folder"):
+        write(path, "new", overwrite=True)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written by this user"):
+            check_output(tmp_path / "out", overwrite=False)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def _save_for_ever(models, out):
+    while True:
+        for model in models:
+            save_model(model, out, overwrite=True)
+
+
+def test_killed_at_any_moment(tiny, uneven_plan, tmp_path):
+    """`kill -9` while two shapes are saved in turn: what is there loads and verifies."""
+    dense, pruned = tiny("bert"), tiny("bert")
+    remove_units(pruned, uneven_plan(pruned))
+    out = tmp_path / "out"
+    save_model(dense, out)
+    counts = {sum(p.numel() for p in model.parameters()) for model in (dense, pruned)}
+    assert len(counts) == 2
+    generator = random.Random(0)
+    seen = set()
+    for _ in range(12):
+        child = os.fork()
+        if not child:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            try:
+                _save_for_ever((pruned, dense), out)
+            finally:
+                os._exit(1)
+        time.sleep(generator.uniform(0.005, 0.15))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the child had to be saving until then"
+        assert "model.safetensors" in verify(out)
+        loaded = AutoModelForSequenceClassification.from_pretrained(out)
+        seen.add(sum(p.numel() for p in loaded.parameters()))
+        assert seen <= counts
+    assert seen == counts, "both shapes were met, so something was replaced"

@@ -1,0 +1,61 @@
+"""Accuracy and loss of labelled batches."""
+
+import pytest
+import torch
+
+from hf_prune.errors import DataError, NumericsError
+from hf_prune.measure.metrics import evaluate
+
+
+def test_accuracy_and_loss_by_hand(tiny, inputs_for):
+    model = tiny("bert")
+    batches = [inputs_for("bert", 0), inputs_for("bert", 1, (5, 3))]
+    right, loss, rows = 0, 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            for row in range(len(batch["labels"])):
+                output = model(**{k: v[row : row + 1] for k, v in batch.items()})
+                right += int(output.logits[0].argmax() == batch["labels"][row])
+                loss += output.loss.item()
+                rows += 1
+    model.train()
+    found = evaluate(model, iter(batches))
+    assert model.training
+    assert found["examples"] == rows == 6
+    assert found["accuracy"] == right / rows
+    assert found["loss"] == pytest.approx(loss / rows, rel=1e-5)
+
+
+def test_perfect_and_hopeless(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    with torch.no_grad():
+        best = model(**batch).logits.argmax(dim=-1)
+    assert evaluate(model, [{**batch, "labels": best}])["accuracy"] == 1
+    assert evaluate(model, [{**batch, "labels": (best + 1) % 3}])["accuracy"] == 0
+
+
+def test_nothing_to_evaluate(tiny):
+    with pytest.raises(DataError, match="nothing to evaluate: no batch"):
+        evaluate(tiny("bert"), [])
+
+
+def test_label_out_of_range(tiny, inputs_for):
+    batch = inputs_for("bert")
+    batch["labels"][3] = 8
+    with pytest.raises(DataError, match=r"batch 0, row 3: label 8 is outside \[0, 3\)"):
+        evaluate(tiny("bert"), [batch])
+
+
+def test_no_labels(tiny, inputs_for):
+    batch = inputs_for("bert")
+    del batch["labels"]
+    with pytest.raises(DataError, match="label"):
+        evaluate(tiny("bert"), [batch])
+
+
+def test_loss_that_is_not_finite(tiny, inputs_for):
+    model = tiny("bert")
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    with pytest.raises(NumericsError, match="the evaluation loss is not finite"):
+        evaluate(model, [inputs_for("bert")])

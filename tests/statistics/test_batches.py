@@ -1,0 +1,111 @@
+"""Calibration batches: what is taken, and what is refused before anything runs."""
+
+import pytest
+import torch
+
+from hf_prune.errors import DataError
+from hf_prune.statistics.batches import check_batch, example_seed, forward_kwargs, take, token_mask
+
+
+def rows(batches):
+    return [len(batch["input_ids"]) for batch in batches]
+
+
+def test_take_cuts_to_size(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    assert rows(take(model, iter([batch] * 5), at_least=8, at_most=10)) == [4, 4, 2]
+    assert rows(take(model, [batch], at_least=1, at_most=4)) == [4]
+    last = take(model, [batch], at_least=1, at_most=3)[0]
+    for key, value in last.items():
+        assert torch.equal(value, batch[key][:3])
+
+
+def test_take_reads_no_more_than_it_needs(tiny, inputs_for):
+    source = iter([inputs_for("bert")] * 5)
+    take(tiny("bert"), source, at_least=1, at_most=8)
+    assert len(list(source)) == 3
+
+
+@pytest.mark.parametrize("batches", [None, [], iter(())])
+def test_empty(tiny, batches):
+    with pytest.raises(DataError, match=r"the calibration set is empty\. Pass batches"):
+        take(tiny("bert"), batches, at_least=1, at_most=4)
+
+
+def test_too_few(tiny, inputs_for):
+    with pytest.raises(DataError, match="has 4 examples, fewer than min_calibration_samples=8"):
+        take(tiny("bert"), [inputs_for("bert")], at_least=8, at_most=512)
+
+
+@pytest.mark.parametrize(("label", "row"), [(3, 2), (-1, 0), (99, 3)])
+def test_label_out_of_range(tiny, inputs_for, label, row):
+    good, bad = inputs_for("bert"), inputs_for("bert")
+    bad["labels"][row] = label
+    text = rf"batch 1, row {row}: label {label} is outside \[0, 3\)"
+    with pytest.raises(DataError, match=text):
+        take(tiny("bert"), [good, bad], at_least=1, at_most=100)
+
+
+def test_label_of_a_decoder_is_a_token(tiny, inputs_for):
+    batch = inputs_for("gpt2")
+    check_batch(tiny("gpt2"), batch, 0)
+    batch["labels"][1, 2] = 99
+    with pytest.raises(DataError, match=r"batch 5, row 1: label 99 is outside \[0, 99\)"):
+        check_batch(tiny("gpt2"), batch, 5)
+
+
+@pytest.mark.parametrize(("token", "row"), [(99, 3), (-5, 1), (10**6, 0)])
+def test_token_out_of_range(tiny, inputs_for, token, row):
+    batch = inputs_for("bert")
+    batch["input_ids"][row, 1] = token
+    text = rf"batch 0, row {row}: token id {token} is outside \[0, 99\)"
+    with pytest.raises(DataError, match=text):
+        take(tiny("bert"), [batch], at_least=1, at_most=100)
+
+
+def test_only_what_is_used_is_checked(tiny, inputs_for):
+    bad = inputs_for("bert")
+    bad["labels"][0] = 7
+    taken = take(tiny("bert"), [inputs_for("bert"), bad], at_least=1, at_most=4)
+    assert rows(taken) == [4]
+
+
+@pytest.mark.parametrize("batch", [(1, 2), [torch.ones(2, 3)], "text", torch.ones(2)])
+def test_not_a_dict(tiny, batch):
+    with pytest.raises(DataError, match=f"batch 4 is a {type(batch).__name__}; expected a dict"):
+        check_batch(tiny("bert"), batch, 4)
+
+
+def test_no_input(tiny):
+    with pytest.raises(DataError, match=r"has no 'input_ids'; its keys are \['labels', 'x'\]"):
+        check_batch(tiny("bert"), {"x": torch.ones(1), "labels": torch.ones(1)}, 0)
+
+
+def test_no_rows(tiny):
+    empty = torch.ones(0, 5, dtype=torch.long)
+    with pytest.raises(DataError, match=r"batch 3 is empty: its input has shape \[0, 5\]"):
+        check_batch(tiny("bert"), {"input_ids": empty}, 3)
+
+
+def test_token_mask(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    mask = token_mask(model, batch)
+    assert mask.dtype == torch.bool
+    assert mask.sum(dim=1).tolist() == [9, 6, 4, 7]
+    assert token_mask(model, {"input_ids": batch["input_ids"]}).all()
+
+
+def test_seed_of_an_example_does_not_see_padding():
+    ids, mask = torch.tensor([5, 6, 0, 0]), torch.tensor([True, True, False, False])
+    short = example_seed(torch.tensor([5, 6]), torch.tensor([True, True]), 1)
+    assert example_seed(ids, mask, 1) == short
+    assert example_seed(ids, mask, 2) != short
+    assert example_seed(torch.tensor([6, 5]), torch.tensor([True, True]), 1) != short
+
+
+def test_forward_kwargs(tiny, inputs_for):
+    batch = inputs_for("gpt2")
+    assert set(forward_kwargs(tiny("gpt2"), batch, labels=True)) == {*batch, "use_cache"}
+    kwargs = forward_kwargs(tiny("gpt2"), batch, labels=False)
+    assert "labels" not in kwargs
+    assert kwargs["use_cache"] is False

@@ -1,0 +1,223 @@
+"""Statistics against one example, one unit at a time; and the same for every split into batches."""
+
+import pytest
+import torch
+
+from hf_prune.criteria import STATISTICS, needs
+from hf_prune.errors import DataError, NumericsError
+from hf_prune.families import FAMILIES
+from hf_prune.gates import attach_gates
+from hf_prune.sites import base_model, find_sites, projection
+from hf_prune.statistics.batches import example_seed
+from hf_prune.statistics.collect import collect, project_logits
+
+families = pytest.mark.parametrize("name", sorted(FAMILIES))
+GRADIENTS = ("gate_grad", "projected_fisher")
+DATA = (*GRADIENTS, "input_norm")
+
+
+def examples(batch):
+    """Each example alone, without its padding."""
+    for row in range(len(batch["input_ids"])):
+        length = int(batch["attention_mask"][row].sum())
+        yield {
+            key: value[row : row + 1, :length] if value.ndim == 2 else value[row : row + 1]
+            for key, value in batch.items()
+        }
+
+
+def signs(logits, tokens, seed):
+    """The random signs of one example: drawn from its content."""
+    mask = torch.ones(len(tokens), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(example_seed(tokens, mask, seed))
+    drawn = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
+    drawn = drawn.double() * 2 - 1
+    return drawn - drawn.mean(dim=-1, keepdim=True)
+
+
+def targets(model, example, seed):
+    """Loss and random projection of one example, in float64 throughout."""
+    logits = model(**{k: v for k, v in example.items() if k != "labels"}).logits[0]
+    rows, labels = logits.view(-1, logits.shape[-1]), example["labels"].view(-1)
+    if logits.ndim == 2:  # a decoder: each token is predicted from those before it
+        rows, labels = rows[:-1], labels[1:]
+    loss = -torch.log_softmax(rows, dim=-1)[range(len(labels)), labels].mean()
+    projected = (signs(logits, example["input_ids"][0], seed) * logits).sum()
+    return {"gate_grad": loss, "projected_fisher": projected}
+
+
+def slow_loop(model, batch, seed):
+    """By example and unit: the slope of the target as one gate moves, by central differences."""
+    model = model.double()
+    sites = find_sites(model)
+    gates = attach_gates(model, sites)
+    total = {
+        s.name: {n: torch.zeros(s.units, dtype=torch.float64) for n in GRADIENTS} for s in sites
+    }
+    step = 1e-5
+    rows = list(examples(batch))
+    with torch.no_grad():
+        for example in rows:
+            for site in sites:
+                for unit in range(0, site.units, 1 if site.kind == "heads" else 11):
+                    values = []
+                    for sign in (1, -1):
+                        gate = torch.ones(site.units, dtype=torch.float64)
+                        gate[unit] += sign * step
+                        gates.values = {site.name: gate}
+                        values.append(targets(model, example, seed))
+                    for name in GRADIENTS:
+                        slope = (values[0][name] - values[1][name]) / (2 * step)
+                        slope = slope.abs() if name == "gate_grad" else slope.square()
+                        total[site.name][name][unit] += slope / len(rows)
+    gates.remove()
+    return total
+
+
+@families
+def test_gradients_against_finite_differences(name, tiny, inputs_for):
+    model, batch = tiny(name), inputs_for(name, lengths=(5, 3))
+    sites = find_sites(model)
+    found = collect(model, sites, [batch], DATA, seed=3)
+    expected = slow_loop(tiny(name), batch, 3)
+    for site in sites:
+        step = 1 if site.kind == "heads" else 11
+        for key in GRADIENTS:
+            ours, slow = found[site.name][key][::step], expected[site.name][key][::step]
+            assert slow.max() > 1e-6
+            torch.testing.assert_close(ours, slow, atol=1e-6, rtol=2e-3, msg=f"{site.name} {key}")
+
+
+@families
+def test_input_norm_against_a_loop(name, tiny, inputs_for):
+    model, batch = tiny(name), inputs_for(name)
+    sites = find_sites(model)
+    found = collect(model, sites, [batch], ["input_norm"])
+    seen = {}
+    for site in sites:
+        module = projection(base_model(model), site.gate.module)
+        module.register_forward_pre_hook(
+            lambda _, args, key=site.name: seen.setdefault(key, []).append(args[0][0])
+        )
+    with torch.no_grad():
+        for example in examples(batch):
+            model(**example)
+    for site in sites:
+        tokens = torch.cat(seen[site.name]).double()
+        assert len(tokens) == int(batch["attention_mask"].sum())
+        norm = tokens.square().mean(dim=0).sqrt().view(site.units, -1)
+        torch.testing.assert_close(found[site.name]["input_norm"], norm, atol=1e-5, rtol=1e-4)
+
+
+def split(batch, sizes):
+    start = 0
+    for size in sizes:
+        yield {key: value[start : start + size] for key, value in batch.items()}
+        start += size
+
+
+@families
+@pytest.mark.parametrize("statistic", DATA)
+def test_the_split_into_batches_does_not_matter(name, statistic, tiny, inputs_for):
+    model, batch = tiny(name), inputs_for(name)
+    sites = find_sites(model)
+    whole = collect(model, sites, [batch], [statistic])
+    for parts in (split(batch, (1, 3)), examples(batch)):
+        other = collect(model, sites, parts, [statistic])
+        for site in sites:
+            ours, theirs = whole[site.name][statistic], other[site.name][statistic]
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3, msg=site.name)
+
+
+@families
+def test_padded_tokens_do_not_matter(name, tiny, inputs_for):
+    model, batch = tiny(name), inputs_for(name)
+    sites = find_sites(model)
+    whole = collect(model, sites, [batch], DATA)
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 77)
+    other = collect(model, sites, [{**batch, "input_ids": ids}], DATA)
+    for site in sites:
+        for key in DATA:
+            torch.testing.assert_close(whole[site.name][key], other[site.name][key])
+
+
+@families
+def test_shapes_and_side_effects(name, tiny, inputs_for):
+    model, batch = tiny(name), inputs_for(name)
+    model.train()
+    sites = find_sites(model)
+    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+    found = collect(model, sites, iter([batch]), [*DATA, "generator"])
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    for site in sites:
+        assert set(found[site.name]) == set(DATA)
+        for key, value in found[site.name].items():
+            shape = (site.units, site.gate.width) if key == "input_norm" else (site.units,)
+            assert (value.shape, value.dtype, value.device.type) == (shape, torch.float64, "cpu")
+            assert (value >= 0).all()
+    again = collect(model.eval(), sites, [batch], DATA)
+    assert torch.equal(again[sites[0].name]["gate_grad"], found[sites[0].name]["gate_grad"])
+
+
+def test_every_statistic_is_tested():
+    assert set(DATA) | {"generator"} == set(STATISTICS)
+
+
+def test_seed_changes_the_projection(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    sites = find_sites(model)
+    one, two = (collect(model, sites, [batch], ["projected_fisher"], seed=s) for s in (0, 1))
+    name = sites[0].name
+    assert not torch.equal(one[name]["projected_fisher"], two[name]["projected_fisher"])
+
+
+def test_projection_is_blind_to_a_constant():
+    ids = torch.arange(6).view(2, 3)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    logits = torch.randn(2, 3, 5)
+    one = project_logits(logits, ids, mask, 0)
+    torch.testing.assert_close(project_logits(logits + 3, ids, mask, 0), one, atol=1e-4, rtol=0)
+    assert one.shape == (2,)
+    assert project_logits(torch.randn(2, 1), ids, mask, 0).abs().min() > 0
+
+
+def test_nothing_is_run_for_nothing(tiny):
+    def explode():
+        raise AssertionError
+        yield
+
+    sites = find_sites(tiny("bert"))
+    assert needs(lambda weight: weight) == ()
+    assert collect(tiny("bert"), sites, explode(), ["generator"]) == {s.name: {} for s in sites}
+
+
+def test_no_batch(tiny):
+    model = tiny("bert")
+    with pytest.raises(DataError, match="the calibration set is empty: no batch was given"):
+        collect(model, find_sites(model), [], ["input_norm"])
+
+
+def test_labels_are_missing(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    del batch["labels"]
+    with pytest.raises(DataError, match=r"have no 'labels'\. Add them, or use .*'fisher'"):
+        collect(model, find_sites(model), [batch], ["gate_grad"])
+    assert not any(m._forward_pre_hooks for m in projections(model))
+    collect(model, find_sites(model), [batch], ["projected_fisher"])
+
+
+def projections(model):
+    return [projection(base_model(model), s.gate.module) for s in find_sites(model)]
+
+
+@pytest.mark.parametrize("statistic", DATA)
+def test_not_finite(tiny, inputs_for, statistic):
+    model, batch = tiny("bert"), inputs_for("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.bias[3] = float("inf")
+    with pytest.raises(
+        NumericsError, match=rf"layer\.\d.*: the statistic '{statistic}' has values"
+    ):
+        collect(model, find_sites(model), [batch], [statistic])

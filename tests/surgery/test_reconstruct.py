@@ -1,0 +1,138 @@
+"""The re-fit repairs, counts real tokens only, and changes nothing but output projections."""
+
+import pytest
+import torch
+
+from hf_prune.families import FAMILIES
+from hf_prune.sites import base_model, find_sites
+from hf_prune.surgery.reconstruct import reconstruct
+from hf_prune.surgery.remove import remove_units
+
+families = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+
+@pytest.fixture
+def case(tiny, inputs_for, uneven_plan):
+    def make(name):
+        dense, pruned = tiny(name), tiny(name)
+        plan = uneven_plan(pruned, seed=1)
+        remove_units(pruned, plan)
+        batches = [inputs_for(name, seed, (9, 6, 4, 7) * 4) for seed in range(4)]
+        return dense, pruned, batches, plan
+
+    return make
+
+
+def sums(model, batch):
+    """The sum of residual and output at every site, at real tokens."""
+    base, seen, handles = base_model(model), {}, []
+    for site in find_sites(model):
+        if site.sum_module:
+
+            def before(module, args, name=site.name):
+                seen[name] = args[0]
+
+            module = base.get_submodule(site.sum_module)
+            handles.append(module.register_forward_pre_hook(before))
+        else:
+
+            def after(module, args, output, name=site.name):
+                seen[name] = output[0] if isinstance(output, tuple) else output
+
+            module = base.get_submodule(site.layer_module)
+            handles.append(module.register_forward_hook(after))
+    with torch.no_grad():
+        model(**{k: v for k, v in batch.items() if k != "labels"})
+    for handle in handles:
+        handle.remove()
+    mask = batch["attention_mask"].bool()
+    return {name: value[mask] for name, value in seen.items()}
+
+
+def errors(model, dense, batches):
+    total = {}
+    for batch in batches:
+        ours, theirs = sums(model, batch), sums(dense, batch)
+        for name, value in theirs.items():
+            error = (ours[name] - value).double().square().sum().item()
+            total[name] = total.get(name, 0.0) + error
+    return total
+
+
+@families
+def test_lowers_the_error_at_every_site(name, case, inputs_for):
+    dense, pruned, batches, _ = case(name)
+    before = errors(pruned, dense, batches)
+    unseen = [inputs_for(name, 50, (9, 6, 4, 7) * 4)]
+    before_unseen = errors(pruned, dense, unseen)
+    fitted = reconstruct(pruned, dense, batches, ridge=1e-3)
+    assert fitted == [site.name for site in find_sites(pruned)]
+    after, after_unseen = errors(pruned, dense, batches), errors(pruned, dense, unseen)
+    for site, error in before.items():
+        assert 0 < after[site] < 0.9 * error, site
+    last = list(before)[-1]
+    assert after_unseen[last] < before_unseen[last]
+
+
+@families
+def test_each_fit_is_the_least_squares_optimum(name, case):
+    """With almost no ridge, no other weights of the last site lower its error further."""
+    dense, pruned, batches, _ = case(name)
+    reconstruct(pruned, dense, batches, ridge=1e-7)
+    site = find_sites(pruned)[-1]
+    best = errors(pruned, dense, batches)[site.name]
+    module = base_model(pruned).get_submodule(site.gate.module)
+    for seed in range(3):
+        step = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(seed))
+        module.weight.data += 0.01 * step
+        assert errors(pruned, dense, batches)[site.name] > best
+        module.weight.data -= 0.01 * step
+
+
+@families
+def test_padding_is_never_counted(name, case):
+    dense, pruned, batches, _ = case(name)
+    other = case(name)[1]
+    changed = [
+        {**b, "input_ids": b["input_ids"].masked_fill(b["attention_mask"] == 0, 77)}
+        for b in batches
+    ]
+    reconstruct(pruned, dense, batches)
+    reconstruct(other, dense, changed)
+    for (key, ours), theirs in zip(pruned.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=key)
+
+
+@families
+def test_only_output_projections_change(name, case):
+    dense, pruned, batches, _ = case(name)
+    state = {k: v.clone() for k, v in pruned.state_dict().items()}
+    dense_state = {k: v.clone() for k, v in dense.state_dict().items()}
+    pruned.train()
+    ids = [id(p) for p in pruned.parameters()]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pruned.modules())
+    reconstruct(pruned, dense, batches)
+    assert (pruned.training, dense.training) == (True, False)
+    assert [id(p) for p in pruned.parameters()] == ids
+    left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pruned.modules())
+    assert left == hooks
+    gates = tuple(site.gate.module for site in find_sites(pruned))
+    for key, value in pruned.state_dict().items():
+        is_gate = key.rpartition(".")[0].endswith(gates)
+        assert torch.equal(value, state[key]) != is_gate, key
+    for key, value in dense.state_dict().items():
+        assert torch.equal(value, dense_state[key]), key
+
+
+@families
+def test_nothing_removed_nothing_fitted(name, tiny, inputs_for):
+    dense, same = tiny(name), tiny(name)
+    assert reconstruct(same, dense, [inputs_for(name)]) == []
+    for ours, theirs in zip(same.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_chosen_sites(case):
+    dense, pruned, batches, _ = case("bert")
+    sites = [site.name for site in find_sites(pruned)]
+    assert reconstruct(pruned, dense, batches, changed={sites[2]: None}) == [sites[2]]

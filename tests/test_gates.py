@@ -1,0 +1,78 @@
+"""Gates: closed, they are zeroed columns; removed, they leave no trace."""
+
+import pytest
+import torch
+
+from hf_prune.families import FAMILIES
+from hf_prune.gates import attach_gates, masked, plan_gates
+from hf_prune.plan import Plan, SitePlan
+from hf_prune.sites import base_model, find_sites, logical_weight, projection
+
+families = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+
+def hooks(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+@families
+def test_closed_gates_are_zeroed_columns(name, tiny, inputs_for, uneven_plan, logits):
+    model, batch = tiny(name), inputs_for(name)
+    plan = uneven_plan(model)
+    with masked(model, plan):
+        gated = logits(model, batch)
+    for site in find_sites(model):
+        weight = logical_weight(projection(base_model(model), site.gate.module)).data
+        for unit in plan.sites[site.name].removed:
+            weight[:, unit * site.gate.width : (unit + 1) * site.gate.width] = 0
+    torch.testing.assert_close(logits(model, batch), gated, atol=1e-5, rtol=0)
+
+
+@families
+def test_no_trace(name, tiny, inputs_for, uneven_plan, logits):
+    model, batch = tiny(name), inputs_for(name)
+    keys, before, dense = list(model.state_dict()), hooks(model), logits(model, batch)
+    with masked(model, uneven_plan(model)):
+        assert hooks(model) == before + len(find_sites(model))
+        assert list(model.state_dict()) == keys
+        assert not torch.equal(logits(model, batch), dense)
+    assert hooks(model) == before
+    assert torch.equal(logits(model, batch), dense)
+
+
+def test_an_error_inside_removes_them_too(tiny, uneven_plan):
+    model = tiny("bert")
+
+    def fail():
+        with masked(model, uneven_plan(model)):
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert hooks(model) == 0
+
+
+def test_a_gate_per_example(tiny, inputs_for, logits):
+    model, batch = tiny("bert"), inputs_for("bert")
+    site = find_sites(model)[0]
+    dense = logits(model, batch)
+    gates = attach_gates(model, [site])
+    gates.values[site.name] = torch.ones(4, 1, site.units)
+    gates.values[site.name][2] = 0
+    changed = (logits(model, batch) - dense).abs().amax(dim=1) > 1e-4
+    assert changed.tolist() == [False, False, True, False]
+    gates.remove()
+    assert torch.equal(logits(model, batch), dense)
+
+
+def test_gates_work_in_half_precision(tiny, inputs_for, uneven_plan, logits):
+    model = tiny("llama").to(torch.bfloat16)
+    with masked(model, uneven_plan(model)):
+        assert logits(model, inputs_for("llama")).dtype == torch.bfloat16
+
+
+def test_only_what_loses_something_has_a_gate():
+    plan = Plan("x", {"a": SitePlan("heads", 3, (0, 1, 2)), "b": SitePlan("heads", 3, (0, 2))})
+    values = plan_gates(plan)
+    assert list(values) == ["b"]
+    assert values["b"].tolist() == [1, 0, 1]

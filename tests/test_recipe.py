@@ -1,0 +1,206 @@
+"""Recipes: strict, frozen, and the same after a round trip through YAML."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hf_prune.errors import ConfigError
+from hf_prune.recipe import (
+    MAX_RECIPE_BYTES,
+    MAX_RECIPE_DEPTH,
+    Distill,
+    Prune,
+    Recipe,
+    Schedule,
+    Train,
+    load_recipe,
+    parse_yaml,
+)
+
+FRACTION = st.floats(0, 1, exclude_max=True)
+POSITIVE = st.floats(1e-12, 1e12)
+SCHEDULES = st.builds(
+    Schedule, start=st.floats(0, 0.4), end=st.floats(0.5, 1), every=st.integers(1, 10**6)
+)
+STRUCTURE = st.builds(
+    Prune,
+    units=st.sampled_from([("heads",), ("neurons",), ("heads", "neurons"), ("neurons", "heads")]),
+    criterion=st.text(max_size=12),
+    cost=st.sampled_from(["parameters", "macs"]),
+    of=st.sampled_from(["prunable", "layers"]),
+    sparsity=FRACTION,
+    ignore=st.lists(st.text(max_size=12), max_size=3).map(tuple),
+    min_heads=st.integers(1, 9),
+    reconstruct=st.booleans(),
+    ridge=POSITIVE,
+)
+WEIGHTS = st.builds(Prune, units=st.just(("weights",)), sparsity=FRACTION)
+TRAIN = st.builds(Train, num_train_epochs=POSITIVE, learning_rate=POSITIVE)
+DISTILL = st.builds(Distill, temperature=POSITIVE, alpha=st.floats(0, 1))
+
+
+@st.composite
+def recipes(draw):
+    stages = draw(st.lists(STRUCTURE | TRAIN | DISTILL, max_size=3))
+    if draw(st.booleans()):
+        stage = draw(STRUCTURE).model_copy(update={"schedule": draw(SCHEDULES)})
+        stages += [stage, draw(TRAIN | DISTILL)]
+    stages += draw(st.lists(WEIGHTS | DISTILL, min_size=0 if stages else 1, max_size=2))
+    return Recipe(seed=draw(st.integers(0, 2**40)), stages=tuple(stages))
+
+
+@settings(max_examples=100, deadline=None)
+@given(recipe=recipes())
+def test_round_trip(recipe):
+    assert load_recipe(parse_yaml(recipe.to_yaml())) == recipe
+    assert load_recipe(recipe.model_dump()) == recipe
+    assert load_recipe(recipe) is recipe
+
+
+def test_file_round_trip(tmp_path):
+    recipe = Recipe(stages=(Prune(sparsity=0.5, ignore=("yes", "null", "1e-3", "0x1", "a: b")),))
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\ufeff" + recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == load_recipe(str(path)) == recipe
+
+
+def test_frozen():
+    stage = Prune(sparsity=0.5)
+    with pytest.raises(ValidationError, match="frozen"):
+        stage.sparsity = 0.6
+
+
+PRUNE = {"stage": "prune", "sparsity": 0.5}
+
+
+def one(**change):
+    return {"stages": [{**PRUNE, **change}]}
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (one(sparsity=50), r"stages\.0\.sparsity: sparsity=50 is outside \[0, 1\)\. It is a fra"),
+        (one(sparsity=1), r"sparsity=1 is outside \[0, 1\)"),
+        (one(sparsity=-0.1), r"sparsity=-0\.1 is outside \[0, 1\)"),
+        (one(sparsity="0.5"), r"stages\.0\.sparsity: .*valid number"),
+        (one(sparsity=True), r"stages\.0\.sparsity: .*valid number"),
+        (one(sparsity=float("nan")), r"stages\.0\.sparsity"),
+        (one(sparsty=0.5), r"stages\.0\.sparsty: unknown key; did you mean 'sparsity'\? Known: "),
+        (one(schedule={"stat": 0.1}), r"schedule\.stat: unknown key; did you mean 'start'\?"),
+        ({**one(), "sed": 3}, r"sed: unknown key; did you mean 'seed'\? Known: hf_prune, seed, st"),
+        (one(zzzz=1), r"stages\.0\.zzzz: unknown key\. Known: stage, units"),
+        (one(units=["head"]), r"stages\.0\.units\.0: Input should be 'heads', 'neurons' or 'weigh"),
+        (one(units=[]), "units must name each kind once"),
+        (one(units=["heads", "heads"]), "units must name each kind once"),
+        (one(units=["heads", "weights"]), "weights cannot share a stage"),
+        (one(units=["weights"], cost="macs"), "single weights have no cost in MACs"),
+        (one(min_heads=0), r"stages\.0\.min_heads: .*greater than or equal to 1"),
+        (one(min_heads=1.5), r"stages\.0\.min_heads: .*valid integer"),
+        (one(ridge=0), r"stages\.0\.ridge: .*greater than 0"),
+        (one(schedule={"start": 0.7, "end": 0.6}), r"start=0\.7 must be smaller than end=0\.6"),
+        (one(schedule={}), "schedule needs a train or distill stage after it"),
+        ({"stages": []}, "stages is empty"),
+        ({}, "stages: Field required"),
+        ({"stages": [{"stage": "prun"}]}, r"stages\.0: .*'prun'.*'prune', 'train', 'distill'"),
+        ({"stages": [PRUNE], "hf_prune": 2}, "hf_prune: Input should be 1"),
+        ({"stages": [one(units=["weights"])["stages"][0], PRUNE]}, "before single weights"),
+        ({"stages": [PRUNE], "seed": -1}, "seed: .*greater than or equal to 0"),
+        ({"stages": {1}}, "only plain values are allowed"),
+        ([1], "recipe|expected"),
+    ],
+)
+def test_what_is_refused(data, text):
+    with pytest.raises(ConfigError, match=text):
+        load_recipe(data if isinstance(data, dict) else {"stages": data})
+
+
+def test_the_file_is_named(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("stages:\n- stage: prune\n  sparsity: 50\n")
+    with pytest.raises(ConfigError, match=r"my\.yaml: stages\.0\.sparsity: sparsity=50"):
+        load_recipe(path)
+    path.write_text("a: &x 1")
+    with pytest.raises(ConfigError, match=r"my\.yaml: line 1: anchors and aliases"):
+        load_recipe(path)
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match=r"my\.yaml is not UTF-8 text"):
+        load_recipe(path)
+    path.write_text("#" * (MAX_RECIPE_BYTES + 1))
+    with pytest.raises(ConfigError, match=f"has {MAX_RECIPE_BYTES + 1} bytes"):
+        load_recipe(path)
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*nothing\.yaml: No such file"):
+        load_recipe(tmp_path / "nothing.yaml")
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"my\.yaml: "):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x [1]\nb: *x", "line 1: anchors and aliases are not allowed"),
+        ("a: 1\nb: *x", "line 2: anchors and aliases are not allowed"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1: tags such as .*os.system"),
+        ("a: !!str 1", "line 1: tags such as"),
+        ("x: 1\na: !new 1", "line 2: tags such as"),
+        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' appears twice"),
+        ("a:\n  b: 1\n  b: 1", "line 3: the key 'b' appears twice"),
+        ("1: a", "line 1: the key 1 is not a string"),
+        ("true: a", "the key True is not a string"),
+        ("? [a]\n: b", r"the key \['a'\] is not a string"),
+        ("[" * (MAX_RECIPE_DEPTH + 1), f"nested deeper than {MAX_RECIPE_DEPTH} levels"),
+        ("[" * 10**5, "nested deeper than"),
+        ("a: [1", "not valid YAML"),
+        ("a: b: c", "not valid YAML"),
+        ("\0", "not valid YAML"),
+    ],
+)
+def test_hardened_yaml(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2.5e3),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("12", 12),
+        ("-7", -7),
+        ("0", 0),
+        ("010", "010"),
+        ("0x10", "0x10"),
+        ("1_000", "1_000"),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("on", "on"),
+        ("True", "True"),
+        ("true", True),
+        ("false", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("NULL", "NULL"),
+        ("2024-01-01", "2024-01-01"),
+        ("12:30:00", "12:30:00"),
+        ("'1'", "1"),
+        ("=", "="),
+        ("<<", "<<"),
+        (".nan", ".nan"),
+    ],
+)
+def test_scalars(text, value):
+    found = parse_yaml(f"a: {text}")["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["010", "1_0", "0o7", "1e", "e3", "-", ".", "+.e1", "1:2"])
+def test_text_that_looks_like_a_number_survives(text):
+    recipe = Recipe(stages=(Prune(sparsity=0.5, ignore=(text,)),))
+    assert load_recipe(parse_yaml(recipe.to_yaml())) == recipe
