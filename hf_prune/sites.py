@@ -66,16 +66,10 @@ class Site:
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its task head (itself, if it has none)."""
-    base = model.base_model
-    return base if isinstance(base, PreTrainedModel) else model
-
-
-def assert_plain(model: nn.Module) -> None:
-    """Refuse wrappers, in which weights are not where a family says.
+    """The model without its task head (itself, if it has none).
 
     Raises:
-        UnsupportedModelError: with what to do first.
+        UnsupportedModelError: for a wrapper, with what to do first.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -83,6 +77,16 @@ def assert_plain(model: nn.Module) -> None:
             "`.module` of DistributedDataParallel, `._orig_mod` of torch.compile, "
             "`.merge_and_unload()` of PEFT."
         )
+    base = model.base_model
+    return base if isinstance(base, PreTrainedModel) else model
+
+
+def check_not_quantized(model: PreTrainedModel) -> None:
+    """Refuse a quantized model, whose weights are not plain matrices.
+
+    Raises:
+        UnsupportedModelError: with what to do first.
+    """
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError(
             "the model is quantized. Prune first, then quantize: load it without "
@@ -228,7 +232,7 @@ def _neuron_site(root: nn.Module, stack: Stack, layer: int) -> Site:
 
 
 def _stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
-    assert_plain(model)
+    check_not_quantized(model)
     if getattr(model.config, "add_cross_attention", False):
         raise UnsupportedModelError(
             "config.add_cross_attention is on: cross-attention of this family is not described yet."

@@ -342,7 +342,8 @@ def describe(job: Job) -> None:
 
 def main() -> None:
     """Parse, run, show, save, push."""
-    (arguments,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
+    parser = HfArgumentParser([Arguments])  # type: ignore[list-item]  # a dataclass, by its hints
+    (arguments,) = parser.parse_args_into_dataclasses()
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
     level = logging.INFO if state.is_main_process else logging.WARNING
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)

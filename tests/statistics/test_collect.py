@@ -54,7 +54,7 @@ def slow_loop(model, batch, seed):
     total = {
         s.name: {n: torch.zeros(s.units, dtype=torch.float64) for n in GRADIENTS} for s in sites
     }
-    step = 1e-5
+    step = 1e-3  # some layers compute in float32 whatever the weights
     rows = list(examples(batch))
     with torch.no_grad():
         for example in rows:
@@ -84,8 +84,8 @@ def test_gradients_against_finite_differences(name, tiny, inputs_for):
         step = 1 if site.kind == "heads" else 11
         for key in GRADIENTS:
             ours, slow = found[site.name][key][::step], expected[site.name][key][::step]
-            assert slow.max() > 1e-6
-            torch.testing.assert_close(ours, slow, atol=1e-6, rtol=2e-3, msg=f"{site.name} {key}")
+            assert slow.max() > 5e-3
+            torch.testing.assert_close(ours, slow, atol=2e-4, rtol=5e-3, msg=f"{site.name} {key}")
 
 
 @families

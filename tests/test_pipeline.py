@@ -1,0 +1,181 @@
+"""compress(): what it gives back, and what it refuses."""
+
+import pytest
+import torch
+from hub_standin import HubStandIn
+
+import hf_prune
+from hf_prune import compress, push_to_hub, save_result
+from hf_prune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericsError,
+    OutputExistsError,
+    UnsupportedModelError,
+)
+from hf_prune.plan import Plan
+
+
+def recipe(**stage):
+    return {"stages": [{"stage": "prune", "sparsity": 0.5, "sequence_length": 16, **stage}]}
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+@pytest.mark.parametrize("criterion", ["fisher", "magnitude"])
+def test_asked_is_got_and_the_given_model_is_not_changed(tiny, inputs_for, name, criterion):
+    model = tiny(name)
+    before = [p.detach().clone() for p in model.parameters()]
+    result = compress(model, recipe(criterion=criterion), [inputs_for(name, s) for s in range(4)])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    (entry,) = result.report["pruning"]
+    assert entry["met"]
+    stages = result.report["stages"]
+    gone = stages["dense"]["encoder_parameters"] - stages["pruned"]["encoder_parameters"]
+    assert gone == entry["removed"] >= entry["asked_to_remove"]
+    assert sum(p.numel() for p in result.model.parameters()) == stages["pruned"]["parameters"]
+    assert stages["pruned"]["macs"] < stages["dense"]["macs"]
+
+
+@pytest.mark.parametrize("criterion", sorted(hf_prune.criteria.CRITERIA))
+@pytest.mark.parametrize("cost", ["parameters", "macs"])
+def test_every_criterion_and_cost(tiny, inputs_for, criterion, cost):
+    result = compress(
+        tiny("bert"),
+        recipe(criterion=criterion, cost=cost),
+        [inputs_for("bert", s) for s in range(3)],
+    )
+    assert result.report["pruning"][0]["met"]
+
+
+def test_reconstruction_repairs(tiny, inputs_for):
+    model = tiny("bert")
+    batches = [inputs_for("bert", s) for s in range(32)]
+    distance = {}
+    for on in (True, False):
+        small = compress(model, recipe(reconstruct=on), batches).model.eval()
+        with torch.no_grad():
+            distance[on] = sum(
+                float((small(**b).logits - model(**b).logits).square().sum()) for b in batches
+            )
+    assert distance[True] < 0.5 * distance[False]
+
+
+def test_same_in_same_out(tiny, inputs_for):
+    batches = [inputs_for("bert", s) for s in range(4)]
+    plans = {compress(tiny("bert"), recipe(), batches).plan.fingerprint() for _ in range(2)}
+    assert len(plans) == 1
+
+
+def test_structure_then_weights(tiny, inputs_for):
+    stages = recipe()["stages"]
+    weights = {
+        "stage": "prune",
+        "units": ["weights"],
+        "criterion": "magnitude",
+        "solver": "uniform",
+    }
+    stages += [{**weights, "sparsity": 0.5, "ignore": ["classifier.*"]}]
+    result = compress(tiny("bert"), {"stages": stages}, [inputs_for("bert", s) for s in range(3)])
+    assert result.masks
+    for name, mask in result.masks.items():
+        assert not result.model.get_parameter(name)[~mask].any()
+        assert result.plan.weights[name] == int(mask.sum())
+
+
+def test_a_second_compression_composes(tiny, inputs_for):
+    batches = [inputs_for("bert", s) for s in range(3)]
+    stage = recipe(sparsity=0.3)["stages"][0]
+    result = compress(tiny("bert"), {"stages": [stage, stage]}, batches)
+    model = tiny("bert")
+    hf_prune.remove_units(model, result.plan)
+    shapes = [p.shape for p in model.parameters()]
+    assert shapes == [p.shape for p in result.model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "batches", "error", "message"),
+    [
+        ({"sparsity": 50}, None, ConfigError, "sparsity=50 is outside"),
+        ({"criterion": "tailor"}, None, ConfigError, "did you mean 'taylor'"),
+        ({"solver": "globl"}, None, ConfigError, "did you mean 'global'"),
+        ({"sparcity": 0.5}, None, ConfigError, "did you mean 'sparsity'"),
+        ({}, [], DataError, "calibration set is empty"),
+        ({}, None, DataError, "calibration set is empty"),
+        ({"min_calibration_samples": 99}, "one", DataError, "has 4 examples, fewer than"),
+        ({"ignore": ["*"]}, "one", ConfigError, "no site is left"),
+    ],
+)
+def test_bad_input(tiny, inputs_for, stage, batches, error, message):
+    given = [inputs_for("bert")] if batches == "one" else batches
+    stage = {"min_calibration_samples": 1, **stage}
+    with pytest.raises(error, match=message):
+        compress(tiny("bert"), recipe(**stage), given)
+
+
+def test_nan_weights_labels_and_wrappers_are_named(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    wrong = {**batch, "labels": torch.tensor([0, 7, 1, 2])}
+    with pytest.raises(DataError, match=r"batch 0, row 1: label 7 is outside \[0, 3\)"):
+        compress(model, recipe(criterion="taylor", min_calibration_samples=1), [wrong])
+    with pytest.raises(UnsupportedModelError, match="Unwrap it first"):
+        compress(torch.nn.DataParallel(model), recipe(), [batch])
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"layer\.1\.output\.dense\.weight has 1 values"):
+        compress(model, recipe(), [batch])
+
+
+def test_a_result_is_written_whole_and_never_over_another(tiny, inputs_for, tmp_path):
+    result = compress(tiny("bert"), recipe(), [inputs_for("bert", s) for s in range(3)])
+    save_result(result, tmp_path / "out")
+    expected = {"model", "plan.json", "recipe.yaml", "report.json", "README.md", "units.svg"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == expected
+    assert Plan.load(tmp_path / "out" / "plan.json") == result.plan
+    assert hf_prune.load_recipe(tmp_path / "out" / "recipe.yaml") == result.recipe
+    with pytest.raises(OutputExistsError, match="Nothing was written"):
+        save_result(result, tmp_path / "out")
+    save_result(result, tmp_path / "out", overwrite=True)
+    assert "model.safetensors" in hf_prune.verify(tmp_path / "out" / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")
+def test_push_is_one_commit_without_secrets(tiny, inputs_for, tmp_path, monkeypatch):
+    result = compress(tiny("bert"), recipe(), [inputs_for("bert", s) for s in range(3)])
+    save_result(result, tmp_path / "out")
+    (tmp_path / "out" / "model" / "training_args.bin").write_bytes(b"pickle")
+    with HubStandIn() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            "hf_prune.hub.HfApi",
+            lambda **options: __import__("huggingface_hub").HfApi(
+                endpoint=hub.url, token="hf_test", **options
+            ),
+        )
+        push_to_hub(tmp_path / "out", "me/small")
+        files = hub.files("me/small")
+        assert len(hub.commits("me/small")) == 2  # the initial one, and ours
+    assert {"model.safetensors", "config.json", "plan.json", "recipe.yaml", "report.json"} <= set(
+        files
+    )
+    assert "training_args.bin" not in files
+    assert b'from_pretrained("me/small")' in files["README.md"]
+    saved = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    assert files["model.safetensors"] == saved
+
+
+@pytest.mark.parametrize("text", ["hf_" + "a" * 34, "/home/" + "somebody/run"])
+def test_secrets_are_not_sent(tiny, inputs_for, tmp_path, text):
+    result = compress(tiny("bert"), recipe(), [inputs_for("bert", s) for s in range(3)])
+    save_result(result, tmp_path / "out")
+    path = tmp_path / "out" / "report.json"
+    path.write_text(path.read_text().replace('"bert"', f'"{text}"', 1))
+    with pytest.raises(CheckpointError, match="nothing was sent"):
+        push_to_hub(tmp_path / "out", "me/small")
+
+
+def test_every_public_name_is_documented():
+    assert sorted(hf_prune.__all__) == list(hf_prune.__all__)
+    for name in hf_prune.__all__:
+        assert getattr(hf_prune, name).__doc__, name
