@@ -6,9 +6,11 @@ frozen, and survives a round trip through YAML. This module does not import torc
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
@@ -180,7 +182,7 @@ class Recipe(_Model):
 
     def to_yaml(self) -> str:
         """This recipe as YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -193,12 +195,22 @@ for _tag, _pattern, _first in (
     ("bool", r"^(?:true|false)$", "tf"),
     ("null", r"^(?:null|~|)$", "n~"),
     ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
-    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
+        "-+.0123456789",
+    ),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 _Loader.yaml_implicit_resolvers.setdefault("", []).append(
     ("tag:yaml.org,2002:null", re.compile(r"^$"))
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for something else than text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _unique_keys(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -281,6 +293,11 @@ def _explain(error: ValidationError) -> str:
             message = f"unknown key{did_you_mean(str(location[-1]), known)}"
         lines.append(f"{where}: {message}" if where else message)
     return "\n".join(lines)
+
+
+def count_to_remove(sparsity: float, total: int) -> int:
+    """The smallest count that is at least `sparsity` of `total`, exact: 0.07 of 100 is 7."""
+    return math.ceil(Fraction(repr(sparsity)) * total)
 
 
 def did_you_mean(name: str, known: "list[str] | tuple[str, ...]") -> str:

@@ -1,7 +1,6 @@
 """Single weights: which entries of a matrix stay, on any module, and how zeros stay zero."""
 
 import fnmatch
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import ConfigError, NumericsError, PlanError
-from hf_prune.recipe import Prune, did_you_mean
+from hf_prune.recipe import Prune, count_to_remove, did_you_mean
 
 PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose `weight` can lose single entries."""
@@ -74,12 +73,12 @@ def magnitude_masks(
             raise NumericsError(f"{name} has values that are not finite: nothing was changed.")
     if solver == "uniform":
         return {
-            name: _keep_largest(weight.detach().abs(), math.ceil(sparsity * weight.numel()))
+            name: _keep_largest(weight.detach().abs(), count_to_remove(sparsity, weight.numel()))
             for name, weight in weights.items()
         }
     if solver == "global":
         flat = torch.cat([w.detach().abs().float().flatten().cpu() for w in weights.values()])
-        mask = _keep_largest(flat, math.ceil(sparsity * flat.numel()))
+        mask = _keep_largest(flat, count_to_remove(sparsity, flat.numel()))
         parts = mask.split([weight.numel() for weight in weights.values()])
         return {
             name: part.view(weight.shape).to(weight.device)

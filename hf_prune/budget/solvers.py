@@ -5,7 +5,6 @@ as much of the order as fits, and stops at the first unit that does not. So a bu
 exceeded, and a larger one keeps a superset.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from hf_prune.budget.costs import unit_cost
 from hf_prune.errors import ConfigError
 from hf_prune.plan import Plan, SitePlan
-from hf_prune.recipe import Prune, did_you_mean
+from hf_prune.recipe import Prune, count_to_remove, did_you_mean
 from hf_prune.sites import Site
 
 Priority = Callable[[Tensor, int], Tensor]
@@ -151,7 +150,7 @@ def decide(
     costs = {site.name: unit_cost(site, stage.cost, stage.sequence_length) for site in sites}
     prunable = sum(site.units * costs[site.name] for site in sites)
     total = prunable if base is None else base
-    asked = math.ceil(stage.sparsity * total)
+    asked = count_to_remove(stage.sparsity, total)
     floors = {"heads": stage.min_heads, "neurons": stage.min_neurons}
     budget = prunable - asked
     kept = select(sites, scores, costs, solver=stage.solver, budget=budget, floors=floors)

@@ -22,7 +22,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, floa
         `accuracy` in [0, 1], `loss` (mean over batches, by examples) and `examples`.
 
     Raises:
-        DataError: when there is nothing to evaluate.
+        DataError: when there is nothing to evaluate, or no label.
         NumericsError: when the loss is not finite.
     """
     training = model.training
@@ -31,6 +31,8 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, floa
     try:
         for index, batch in enumerate(batches):
             check_batch(model, batch, index)
+            if "labels" not in batch:
+                raise DataError(f"batch {index} has no 'labels' to compare with.")
             batch = to_device(batch, model.device)
             output = model(**batch)
             labels = batch["labels"]

@@ -112,6 +112,18 @@ def token_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
     return mask.bool()
 
 
+def counted_positions(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """True where the logits predict a label: `[B]`, or `[B, T]`.
+
+    In causal language models the logits at `t` predict the label at `t + 1`.
+    """
+    counted = labels != -100
+    causal = model.get_output_embeddings() is not None
+    if causal and not type(model).__name__.endswith("ForMaskedLM") and labels.ndim == 2:
+        counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
+    return counted
+
+
 def forward_kwargs(model: PreTrainedModel, batch: Batch, *, labels: bool) -> dict[str, Any]:
     """What to call the model with: no cache, and labels only where they are wanted."""
     kwargs: dict[str, Any] = {

@@ -13,6 +13,7 @@ from hf_prune.gates import Gates, attach_gates
 from hf_prune.sites import Site, base_model, projection
 from hf_prune.statistics.batches import (
     Batch,
+    counted_positions,
     example_seed,
     forward_kwargs,
     main_input,
@@ -108,8 +109,11 @@ def _add_gradients(
     output = model(**forward_kwargs(model, batch, labels=wants_loss))
     leaves = list(gates.values.values())
     targets = {}
+    per_example = torch.ones(1, 1, 1, device=model.device)
     if wants_loss:
-        targets["gate_grad"] = output.loss * examples  # the loss is a mean: undo it
+        counted = counted_positions(model, batch["labels"]).view(examples, -1).sum(dim=1)  # [B]
+        targets["gate_grad"] = output.loss * counted.sum()  # the loss is a mean: undo it
+        per_example = counted.clamp(min=1).view(-1, 1, 1)  # each example has a mean of its own
     if "projected_fisher" in names:
         targets["projected_fisher"] = project_logits(output.logits, inputs, mask, seed).sum()
     for index, (name, target) in enumerate(targets.items()):
@@ -118,7 +122,7 @@ def _add_gradients(
         for site, gradient in zip(gates.values, gradients, strict=True):
             leaf = gates.values[site]
             value = torch.zeros_like(leaf) if gradient is None else gradient
-            per_unit = value.abs() if name == "gate_grad" else value.square()
+            per_unit = (value / per_example).abs() if name == "gate_grad" else value.square()
             sums.add(site, name, per_unit.double().sum(dim=(0, 1)))  # [B, 1, U] -> [U]
 
 

@@ -78,7 +78,7 @@ def solve_towards(
         New weight and bias, in the dtype of the old ones.
 
     Raises:
-        NumericsError: when the inputs were not finite.
+        NumericsError: when inputs or targets were not finite.
     """
     count = moments.count.clamp(min=1)
     gram, cross = moments.xx / count, moments.tx / count
@@ -94,5 +94,7 @@ def solve_towards(
     old = weight.double()
     factor, damping = _cholesky(gram, ridge * max(float(diagonal), 1e-12))
     new = torch.cholesky_solve((cross + damping * old).T, factor).T
+    if not torch.isfinite(new).all():
+        raise NumericsError("the targets of an output projection are not finite.")
     new_bias = None if bias is None else (mean_t - new @ mean_x).to(bias.dtype)
     return new.to(weight.dtype), new_bias

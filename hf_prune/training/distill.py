@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_prune.errors import ConfigError
+from hf_prune.statistics.batches import counted_positions
 
 _NOT_FOR_THE_TEACHER = ("labels", "num_items_in_batch", "use_cache")
 
@@ -101,7 +102,7 @@ class DistillCallback(TrainerCallback):
             teacher = self.teacher(*args, **inputs).logits
         counted = None
         if output.logits.ndim == 3:
-            counted = kwargs["labels"] != -100
+            counted = counted_positions(module, kwargs["labels"])
         distilled = distillation_loss(output.logits, teacher, self.temperature, counted)
         output["loss"] = (1 - self.alpha) * output.loss + self.alpha * distilled
         return output

@@ -84,7 +84,7 @@ def test_gradients_against_finite_differences(name, tiny, inputs_for):
         step = 1 if site.kind == "heads" else 11
         for key in GRADIENTS:
             ours, slow = found[site.name][key][::step], expected[site.name][key][::step]
-            assert slow.max() > 5e-3
+            assert slow.max() > 5e-4
             torch.testing.assert_close(ours, slow, atol=2e-4, rtol=5e-3, msg=f"{site.name} {key}")
 
 
