@@ -132,8 +132,8 @@ def compress(
 ) -> Result:
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
-    Train and distill stages of the recipe are left to a Trainer, and schedules with them: the
-    report lists what was left.
+    Train and distill stages of the recipe are left to a Trainer. A stage with a schedule is carried
+    out at once, without it. The report lists both under `left_to_trainer`.
 
     Args:
         model: of a known family. It is not changed, so it can teach the result.
@@ -161,7 +161,11 @@ def compress(
     report = new_report(recipe, model)
     report["sequence_length"] = length
     report["calibration_samples"] = sum(len(next(iter(batch.values()))) for batch in batches)
-    report["left_to_trainer"] = [s.stage for s in recipe.stages if not isinstance(s, Prune)]
+    report["left_to_trainer"] = [
+        "schedule" if isinstance(stage, Prune) else stage.stage
+        for stage in recipe.stages
+        if not isinstance(stage, Prune) or stage.schedule
+    ]
     report["stages"]["dense"] = measure_stage(model, length)
     pruned = copy.deepcopy(model)
     plan, masks = Plan(model.config.model_type), Masks()
@@ -169,7 +173,8 @@ def compress(
         if stage.structural:
             step, entry = _prune_structure(pruned, model, stage, batches, recipe.seed)
         else:
-            step, masks, entry = _prune_weights(pruned, stage)
+            step, new_masks, entry = _prune_weights(pruned, stage)
+            masks |= new_masks
         plan = plan.then(step)
         report["pruning"].append(entry)
     report["stages"]["pruned"] = measure_stage(pruned, length)

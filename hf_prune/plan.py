@@ -53,10 +53,9 @@ class SitePlan:
 class Plan:
     """What stays of a model.
 
-    `sites` are keyed by the name of the site and `weights` by the name of the parameter, both from
-    the base model (`encoder.layer.0.attention`), so that one plan fits the model with any head or
-    none. `weights` counts the entries that stay different from zero; which ones is in the
-    checkpoint itself.
+    `sites` are keyed by the name of the site from the base model (`encoder.layer.0.attention`), so
+    that one plan fits the model with any head or none. `weights` counts the entries that stay
+    different from zero, by the full name of the parameter; which ones is in the checkpoint itself.
     """
 
     model_type: str

@@ -109,6 +109,8 @@ class Prune(_Model):
             )
         if "weights" in self.units and self.cost == "macs":
             raise ValueError("single weights have no cost in MACs: use cost: parameters")
+        if self.of == "layers" and (self.cost == "macs" or "weights" in self.units):
+            raise ValueError("of: layers is for cost: parameters of heads and neurons")
         return self
 
     @property
