@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_prune import DistillCallback, KeepZeros, PruneCallback
+from hf_prune import DistillCallback, KeepZeros, PruneCallback, remove_units, save_model
 from hf_prune.errors import ConfigError
 from hf_prune.weights import find_weights, magnitude_masks
 
@@ -59,6 +59,24 @@ def test_the_model_is_small_at_the_end_and_loads(tiny, tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     ids = torch.randint(5, 99, (2, 7))
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_loaded_model_can_be_fine_tuned_and_pruned_further(tiny, uneven_plan, tmp_path):
+    model = tiny("bert")
+    remove_units(model, uneven_plan(model))
+    save_model(model, tmp_path / "saved")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    before = loaded.get_parameter(name).detach().clone()
+    trainer(loaded, tmp_path / "t").train()
+    assert not torch.equal(before, loaded.get_parameter(name))
+    size = sum(p.numel() for p in loaded.parameters())
+    trainer(loaded, tmp_path / "t", PruneCallback(recipe(sparsity=0.2))).train()
+    assert sum(p.numel() for p in loaded.parameters()) < size
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    pairs = zip(loaded.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_training_goes_on_after_removal(tiny, tmp_path):
