@@ -15,6 +15,7 @@ import torch
 from packaged import packaged_model
 from transformers import AutoModelForSequenceClassification
 
+from hf_prune.gates import attach_gates
 from hf_prune.measure.counts import example_batch
 from hf_prune.recipe import Prune, Schedule
 from hf_prune.report.result import environment
@@ -43,12 +44,16 @@ def step_cost() -> dict[str, object]:
         return (time.perf_counter() - start) * 1e3
 
     times: dict[str, list[float]] = {"bare": [], "open_gates": [], "closed_gates": []}
+    pruning.start(model)
+    step(pruned=True)
+    pruning.decide(1.0)
+    closed = pruning.gates.values
+    pruning.gates.remove()
     for turn in range(ROUNDS + 3):
         for name in times:
             if name != "bare":
-                pruning.start(model)
-            if name == "closed_gates":
-                pruning.decide(1.0)
+                pruning.gates = attach_gates(model, pruning.sites)
+                pruning.gates.values = closed if name == "closed_gates" else {}
             elapsed = step(pruned=name != "bare")
             pruning.gates.remove()
             if turn >= 3:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.budget.solvers import Selection, decide, get_solver
 from hf_prune.criteria import get_criterion, needs
-from hf_prune.errors import ConfigError, NumericsError, PlanError
+from hf_prune.errors import ConfigError, DataError, NumericsError, PlanError
 from hf_prune.gates import Gates, attach_gates, plan_gates
 from hf_prune.measure.counts import count_encoder_parameters
 from hf_prune.recipe import Prune
@@ -47,6 +47,7 @@ class StructuredPruning:
     gates: Gates = field(default_factory=Gates)
     sums: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
+    last: Statistics = field(default_factory=dict)
     selection: Selection | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +66,11 @@ class StructuredPruning:
         self.sites = find_sites(model, self.stage.units, self.stage.ignore)
         self.base = count_encoder_parameters(model)
         self.gates = attach_gates(model, self.sites)
-        self.sums, self.steps, self.selection = {}, 0, None
+        self.sums, self.steps, self.last, self.selection = {}, 0, {}, None
+
+    def needs_gradients(self) -> bool:
+        """Whether the criterion reads gradients."""
+        return "gate_grad" in needs(get_criterion(self.stage.criterion))
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -73,7 +78,7 @@ class StructuredPruning:
 
         `dL/dg_u = sum(W_u * dL/dW_u)` over the columns of unit `u`: no further pass is needed.
         """
-        if "gate_grad" not in needs(get_criterion(self.stage.criterion)):
+        if not self.needs_gradients():
             return
         assert self.model is not None  # noqa: S101  # start() came first
         base = base_model(self.model)
@@ -86,12 +91,20 @@ class StructuredPruning:
         self.steps += 1
 
     def _statistics(self) -> Statistics:
+        """The statistics since the last decision; those of it, if no step came between."""
+        if self.steps == 0 and self.needs_gradients():
+            if not self.last:
+                raise DataError(
+                    "training ended before a single optimizer step: nothing was pruned."
+                )
+            return self.last
         result: Statistics = {site.name: {} for site in self.sites}
         for name, value in self.sums.items():
             total = sum_over_processes(value) / PartialState().num_processes
             if not torch.isfinite(total).all():
                 raise NumericsError(f"{name}: the gradient is not finite: training diverged.")
             result[name]["gate_grad"] = (total / max(self.steps, 1)).cpu()
+        self.last = result
         return result
 
     def decide(self, share: float) -> None:

@@ -7,7 +7,10 @@ import signal
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+from transformers.utils.logging import disable_progress_bar
 
 from hf_prune.checkpoint import folder as folder_module
 from hf_prune.checkpoint.folder import check_output, staged_folder
@@ -148,6 +151,7 @@ def test_killed_at_any_moment(tiny, uneven_plan, tmp_path):
         if not child:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(10)  # never outlive the test
+            disable_progress_bar()  # its lock is shared with the parent: killed, it stays locked
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
@@ -163,6 +167,8 @@ def test_killed_at_any_moment(tiny, uneven_plan, tmp_path):
         shapes = json.loads((out / "config.json").read_text()).get("quantization_config", {})
         for name, size in shapes.get("modules", {}).items():
             assert list(saved[f"bert.{name}.weight"].shape) == [size["out"], size["in"]]
-        seen.add(sum(value.numel() for value in saved.values()))
+        loaded = AutoModelForSequenceClassification.from_pretrained(out)
+        assert all(torch.equal(saved[name], p) for name, p in loaded.named_parameters())
+        seen.add(sum(p.numel() for p in loaded.parameters()))
         assert seen <= counts
     assert seen == counts, "both shapes were met, so something was replaced"

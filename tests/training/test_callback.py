@@ -5,7 +5,12 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_prune import DistillCallback, KeepZeros, PruneCallback, remove_units, save_model
 from hf_prune.errors import ConfigError
@@ -168,6 +173,16 @@ def test_a_teacher_pulls_the_student_towards_itself(tiny, tmp_path):
 def test_recipes_that_cannot_be_followed(stage, message):
     with pytest.raises(ConfigError, match=message):
         PruneCallback(recipe(**stage))
+
+
+def test_training_that_stops_right_after_a_decision_still_ends_small(tiny, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    callback = PruneCallback(recipe())  # decides at steps 2, 4 and 6
+    trainer(tiny("bert"), tmp_path, callback, Stop()).train()
+    assert callback.selection.met
 
 
 def test_best_model_is_refused(tiny, tmp_path):
