@@ -114,8 +114,9 @@ class PruneCallback(TrainerCallback):
         self.pruning.start(kwargs["model"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read the gradients while they are there."""
-        self.pruning.observe()
+        """Read the gradients while they are there, as long as something is left to decide."""
+        if self.reached < 1:
+            self.pruning.observe()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold what is masked."""

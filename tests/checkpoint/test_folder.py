@@ -146,7 +146,9 @@ def test_killed_at_any_moment(tiny, uneven_plan, tmp_path):
     assert len(counts) == 2
     generator = random.Random(0)
     seen = set()
-    for _ in range(12):
+    for turn in range(100):
+        if turn >= 12 and seen == counts:  # a busy machine may need more turns to replace anything
+            break
         child = os.fork()
         if not child:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -159,7 +161,7 @@ def test_killed_at_any_moment(tiny, uneven_plan, tmp_path):
                 _save_for_ever((pruned, dense), out)
             finally:
                 os._exit(1)
-        time.sleep(generator.uniform(0.005, 0.15))
+        time.sleep(generator.uniform(0.005, 0.2))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the child had to be saving until then"
         assert "model.safetensors" in verify(out)
