@@ -299,7 +299,7 @@ def _explain(error: ValidationError) -> str:
 
 def count_to_remove(sparsity: float, total: int) -> int:
     """The smallest count that is at least `sparsity` of `total`, exact: 0.07 of 100 is 7."""
-    return math.ceil(Fraction(repr(sparsity)) * total)
+    return math.ceil(Fraction(repr(float(sparsity))) * total)
 
 
 def did_you_mean(name: str, known: "list[str] | tuple[str, ...]") -> str:

@@ -67,7 +67,8 @@ def check_shapes(shapes: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: naming the key.
     """
-    if shapes.get("version") != SHAPES_VERSION or isinstance(shapes.get("version"), bool):
+    version = shapes.get("version")
+    if type(version) is not int or version != SHAPES_VERSION:
         raise CheckpointError(
             f"quantization_config.version is {shapes.get('version')!r}; this hf_prune reads "
             f"version {SHAPES_VERSION}. A newer checkpoint needs a newer hf_prune."
