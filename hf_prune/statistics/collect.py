@@ -13,6 +13,8 @@ from hf_prune.gates import Gates, attach_gates
 from hf_prune.sites import Site, base_model, projection
 from hf_prune.statistics.batches import (
     Batch,
+    by_token,
+    check_one_sequence,
     counted_positions,
     example_seed,
     forward_kwargs,
@@ -81,7 +83,7 @@ def _input_norm_hooks(
     for site in sites:
 
         def add(module: torch.nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
-            inputs = args[0].detach()[state["mask"]]  # [B, T, U * D] -> [real tokens, U * D]
+            inputs = by_token(args[0].detach(), state["mask"])  # [real tokens, U * D]
             squares = inputs.float().square().sum(dim=0, dtype=torch.float64)
             sums.add(site.name, "input_norm", squares.view(site.units, site.gate.width))  # [U, D]
 
@@ -184,10 +186,13 @@ def collect(
     Raises:
         DataError: when labels are needed and missing, or no batch was given.
         NumericsError: when a statistic is not finite, naming the site.
+        UnsupportedModelError: when a statistic is not defined for such a model.
     """
     data = set(names) - {"generator"}
     if not data:
         return {site.name: {} for site in sites}
+    if data - {"gate_grad"}:
+        check_one_sequence(model, sites, f"the statistic {min(data - {'gate_grad'})!r}")
     training = model.training
     model.eval()
     try:

@@ -22,8 +22,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.batches import (
+    Batch,
+    by_token,
+    check_one_sequence,
+    forward_kwargs,
+    to_device,
+    token_mask,
+)
 from hf_prune.statistics.moments import Moments, solve_towards
 
 
@@ -151,10 +159,10 @@ def _fit(
         with _watched(base, site) as seen:
             _run(base, site.layer_module, stream.pruned, stream.calls[site.layer_module])
         assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
-        residual = seen.total - seen.output
+        residual = seen.total - seen.output.view_as(seen.total)
         target = dense_sum.to(residual.device) - residual
         mask = stream.mask.to(residual.device)
-        moments.add(seen.inputs[mask], target[mask])  # [B, T, .] -> [real tokens, .]
+        moments.add(by_token(seen.inputs, mask), by_token(target, mask))  # [real tokens, .]
     bias = None if module.bias is None else module.bias.detach()
     new, new_bias = solve_towards(moments.over_processes(), weight, bias, ridge)
     _write(module, new, new_bias)
@@ -200,6 +208,7 @@ def reconstruct(
 
     Raises:
         NumericsError: when a sum is not finite.
+        UnsupportedModelError: for encoder-decoders, shared layers, images and sound.
     """
     modes = model.training, dense.training
     model.eval()
@@ -219,6 +228,12 @@ def _reconstruct(
     changed: Mapping[str, object] | None,
 ) -> list[str]:
     sites = find_sites(model)
+    check_one_sequence(model, sites, "reconstruction")
+    if any(site.runs > 1 for site in sites):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} runs its layers several times, and reconstruction fits "
+            "each once. Use reconstruct: false."
+        )
     units = {site.name: site.units for site in find_sites(dense)}
     narrowed = [site.name for site in sites if site.units < units[site.name]]
     if changed is None:
