@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_prune.budget.costs import make_goal
 from hf_prune.budget.solvers import Selection, decide, get_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
@@ -86,10 +87,13 @@ def decide_structure(
             f"no site is left to prune: ignore={list(stage.ignore)} matches all of them."
         )
     statistics = collect(model, sites, batches, needs(get_criterion(stage.criterion)), seed)
-    scores = score(model, sites, stage.criterion, statistics, seed)
+    rankings = score(model, sites, stage.criterion, statistics, seed)
     layers = (stage.of, stage.cost) == ("layers", "parameters")
     base = count_encoder_parameters(model) if layers else None
-    return decide(sites, scores, stage, model_type=model.config.model_type, base=base)
+    goal = make_goal(
+        sites, stage.cost, stage.sparsity, sequence_length=stage.sequence_length, base=base
+    )
+    return decide(sites, rankings, stage, [goal], model_type=model.config.model_type)
 
 
 def _prune_structure(
@@ -103,12 +107,13 @@ def _prune_structure(
     remove_units(model, selection.plan)
     fitted = reconstruct(model, dense, batches, ridge=stage.ridge) if stage.reconstruct else []
     if not selection.met:
-        logger.warning(
-            "asked to remove %d %s, removed %d: floors and ignored sites hold the rest",
-            selection.asked,
-            selection.cost,
-            selection.removed,
-        )
+        for outcome in selection.outcomes:
+            logger.warning(
+                "asked to remove %d %s, removed %d: floors and ignored sites hold the rest",
+                outcome.asked,
+                outcome.cost,
+                outcome.removed,
+            )
     return selection.plan, {"kind": "structure", **selection.to_dict(), "refitted": len(fitted)}
 
 

@@ -73,6 +73,8 @@ class Prune(_Model):
     """Heads that every attention block keeps."""
     min_neurons: int = Field(default=1, ge=1)
     """Neurons that every feed-forward block keeps."""
+    round_to: int = Field(default=1, ge=1)
+    """Neurons kept are a multiple of this (8 or 16 suits most hardware), unless all stay."""
     ignore: tuple[str, ...] = ()
     """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone."""
     calibration_samples: int = Field(default=512, ge=1)
