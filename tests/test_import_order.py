@@ -14,9 +14,11 @@ ROWS = (
     ("sites", "criteria"),
     ("gates",),
     ("statistics", "budget", "weights"),
-    ("surgery", "measure"),
+    ("surgery",),
+    ("measure",),
     ("checkpoint", "training"),
-    ("report", "export"),
+    ("report", "export", "targets"),
+    ("oneshot",),
     ("hub", "pipeline"),
     ("cli",),
 )

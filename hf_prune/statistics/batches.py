@@ -99,6 +99,18 @@ def take(
     return taken
 
 
+def first_examples(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> list[Batch]:
+    """As many whole batches as hold `count` examples, the last one cut."""
+    taken: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        examples = main_input(model, batch).shape[0]
+        taken.append(batch if examples <= count else _first(batch, count, examples))
+        count -= examples
+    return taken
+
+
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch on a device."""
     return {name: value.to(device) for name, value in batch.items()}

@@ -2,170 +2,195 @@
 
 Layer after layer, attention before feed-forward. Each narrowed output projection sees the inputs
 that the already pruned and re-fitted network really gives it, and is fitted to the dense network's
-sum of residual and output, so that it also repairs what earlier sites lost. Two streams of hidden
-states are kept, and one layer of each network is run at a time.
+sum of residual and output, so that it also repairs what earlier sites lost. Some batches are held
+out of each fit: they choose the ridge, and whether the fit is kept at all. The walk itself is in
+`statistics.streams`.
 
 Sources: least-squares reconstruction of pruned layers, He et al. 2017, arXiv:1707.06168; the
 dense target for drifted inputs is the asymmetric calibration of GPTAQ, arXiv:2504.02692, applied
 here to the sum after the residual, so that what the residual lost is part of the target.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
-from hf_prune.statistics.batches import (
-    Batch,
-    by_token,
-    check_one_sequence,
-    forward_kwargs,
-    to_device,
-    token_mask,
+from hf_prune.statistics.batches import Batch, by_token, check_one_sequence
+from hf_prune.statistics.moments import Moments, fit_checked
+from hf_prune.statistics.streams import (
+    Seen,
+    Stream,
+    both_in_eval,
+    by_layer,
+    run_layer,
+    start_streams,
+    watched,
 )
-from hf_prune.statistics.moments import Moments, solve_towards
+
+HELD_OUT_EVERY = 5
+"""Of so many batches the last one is held out of the fits and judges them."""
+RIDGE_STEPS = (0.1, 1.0, 10.0)
+"""Multiples of the ridge that held-out tokens choose from."""
+MAX_STORED_BYTES = 1 << 30
+"""Dense sums are kept in memory up to here; beyond, the dense layers are run again where needed."""
+
+Sums = dict[str, Tensor]
+"""By site, the dense network's sum of residual and output on one batch, `[B, T, E]`."""
+
+
+def _watch_all(base: nn.Module, sites: Sequence[Site], stack: ExitStack) -> dict[str, Seen]:
+    return {site.name: stack.enter_context(watched(base, site)) for site in sites}
+
+
+def _totals(seen: dict[str, Seen]) -> Sums:
+    return {name: item.total for name, item in seen.items() if item.total is not None}
 
 
 @dataclass
-class _Call:
-    """How one layer was called on one batch, but for the hidden states."""
+class DenseTargets:
+    """What the dense network computes on calibration batches, for any number of re-fits to it.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Attributes:
+        dense: the network, in eval mode.
+        sites: of it.
+        batches: on which it was run.
+        streams: how its layers are called, and what enters the first, batch by batch.
+        stored: its sums at all sites, batch by batch; None where they need too much memory.
+    """
 
-
-@dataclass
-class _Stream:
-    """One batch on its way through both networks."""
-
-    mask: Tensor  # [B, T]
-    dense: Tensor  # [B, T, E]
-    pruned: Tensor  # [B, T, E]
-    calls: dict[str, _Call]
-
-
-def _first(value: Any) -> Tensor:
-    tensor = value[0] if isinstance(value, tuple) else value
-    assert isinstance(tensor, Tensor)  # noqa: S101  # a layer gives hidden states
-    return tensor
+    dense: PreTrainedModel
+    sites: Sequence[Site]
+    batches: Sequence[Batch]
+    streams: list[Stream]
+    stored: list[Sums] | None
 
 
-@contextmanager
-def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, _Call]]]:
-    """What each of the layers is called with while the model runs."""
-    record: dict[str, tuple[Tensor, _Call]] = {}
-    handles: list[RemovableHandle] = []
-    for name in layers:
+@torch.no_grad()
+def dense_targets(dense: PreTrainedModel, batches: Sequence[Batch]) -> DenseTargets:
+    """Run the dense network once over the batches, and keep what re-fits need of it.
 
-        def keep(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
-        ) -> None:
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            record[name] = (hidden.detach(), _Call(args[1:], rest))
+    Args:
+        dense: evaluated in eval mode and left as it was.
+        batches: calibration batches. Labels are not used.
 
-        hook = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
-        handles.append(hook)
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _start(
-    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Batch], layers: Sequence[str]
-) -> list[_Stream]:
-    """Run the dense network once, to know how its layers are called and what enters the first."""
-    streams = []
-    for batch in batches:
-        batch = to_device(batch, dense.device)
-        with _recorded(base_model(dense), layers) as record:
-            dense(**forward_kwargs(dense, batch, labels=False))
-        first = record[layers[0]][0]
-        calls = {name: call for name, (_, call) in record.items()}
-        streams.append(_Stream(token_mask(dense, batch), first, first.to(pruned.device), calls))
-    return streams
+    Raises:
+        UnsupportedModelError: for encoder-decoders, shared layers, images and sound.
+    """
+    sites, base = find_sites(dense), base_model(dense)
+    check_one_sequence(dense, sites, "reconstruction")
+    if any(site.runs > 1 for site in sites):
+        raise UnsupportedModelError(
+            f"{dense.config.model_type} runs its layers several times, and reconstruction fits "
+            "each once. Use reconstruct: false."
+        )
+    with both_in_eval(dense, dense):
+        stored: list[Sums] | None = []
+        streams: list[Stream] = []
+        for batch in batches:
+            with ExitStack() as stack:
+                seen = _watch_all(base, sites if stored is not None else (), stack)
+                streams += start_streams(dense, dense, [batch], list(by_layer(sites)))
+            if stored is None:
+                continue
+            stored.append(_totals(seen))
+            held = sum(t.numel() * t.element_size() for sums in stored for t in sums.values())
+            if held > MAX_STORED_BYTES:
+                stored = None
+    return DenseTargets(dense, sites, batches, streams, stored)
 
 
 @dataclass
-class _Seen:
-    """What one site saw when its layer ran: `[B, T, ...]` each."""
+class _Walk:
+    """A pruned network on its way through the layers, beside what the dense one computed."""
 
-    inputs: Tensor | None = None
-    output: Tensor | None = None
-    total: Tensor | None = None
+    model: PreTrainedModel
+    targets: DenseTargets
+    ridge: float
+    hidden: list[Tensor] = field(default_factory=list)
+    dense_hidden: list[Tensor] = field(default_factory=list)
+    calls: list[Stream] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.calls = self.targets.streams
+        self.dense_hidden = [stream.dense for stream in self.targets.streams]
+        self.hidden = [h.to(self.model.device) for h in self.dense_hidden]
+
+    def dense_sums(self, layer_sites: Sequence[Site]) -> list[Sums]:
+        """The dense network's sums at the sites of a layer. Layers are asked for in order."""
+        if self.targets.stored is not None:
+            return self.targets.stored
+        base, layer = base_model(self.targets.dense), layer_sites[0].layer_module
+        result = []
+        for index, stream in enumerate(self.targets.streams):
+            with ExitStack() as stack:
+                seen = _watch_all(base, layer_sites, stack)
+                call = stream.calls[layer]
+                self.dense_hidden[index] = run_layer(base, layer, self.dense_hidden[index], call)
+            result.append(_totals(seen))
+        return result
+
+    def enter(self, layers: Sequence[str]) -> None:
+        """Begin a further stack: its layers may be called with what an earlier one has made."""
+        model, dense = self.model, self.targets.dense
+        self.calls = [start_streams(model, model, [b], layers)[0] for b in self.targets.batches]
+        self.hidden = [stream.dense for stream in self.calls]
+        if self.targets.stored is None:
+            streams = [start_streams(dense, dense, [b], layers)[0] for b in self.targets.batches]
+            self.dense_hidden = [stream.dense for stream in streams]
+
+    def run(self, layer: str) -> None:
+        """Take the pruned network through a layer."""
+        base = base_model(self.model)
+        for index, stream in enumerate(self.calls):
+            self.hidden[index] = run_layer(base, layer, self.hidden[index], stream.calls[layer])
+
+    def fit(self, site: Site, sums: Sequence[Sums], *, last: bool) -> None:
+        """Re-fit a site; if it is the last of its layer, go on to the next layer."""
+        base = base_model(self.model)
+        module, layer = projection(base, site.gate.module), site.layer_module
+        weight = logical_weight(module).detach()
+        empty = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
+        fitted, held_out = empty, empty.plus(empty)
+        passed: list[Seen] = []
+        for index, stream in enumerate(self.calls):
+            with watched(base, site, stop=not last) as seen:
+                run_layer(base, layer, self.hidden[index], stream.calls[layer])
+            inputs, residual = _inputs_and_residual(seen)
+            target = sums[index][site.name].to(residual.device) - residual
+            mask = stream.mask.to(residual.device)
+            moments = held_out if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
+            moments.add(by_token(inputs, mask), by_token(target, mask))  # [real tokens, .]
+            if last:
+                passed.append(seen)
+        bias = None if module.bias is None else module.bias.detach()
+        ridges = [step * self.ridge for step in RIDGE_STEPS]
+        new, new_bias, _ = fit_checked(
+            fitted.over_processes(), held_out.over_processes(), weight, bias, ridges
+        )
+        _write(module, new, new_bias)
+        if last:
+            self._go_on(site, module, passed)
+
+    def _go_on(self, site: Site, module: nn.Module, passed: Sequence[Seen]) -> None:
+        """The layer's output with the new weights, from what was seen with the old ones."""
+        base = base_model(self.model)
+        after = base.get_submodule(site.sum_module) if site.sum_module else nn.Identity()
+        for index, seen in enumerate(passed):
+            inputs, residual = _inputs_and_residual(seen)
+            self.hidden[index] = after(residual + module(inputs).view_as(residual))
 
 
-@contextmanager
-def _watched(base: nn.Module, site: Site) -> Iterator[_Seen]:
-    """Watch the output projection of a site, and the sum of its output and the residual."""
-    seen = _Seen()
-
-    def at_projection(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.inputs, seen.output = args[0].detach(), output.detach()
-
-    def at_sum(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.total = args[0].detach()
-
-    def at_end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.total = _first(output).detach()
-
-    handles = [projection(base, site.gate.module).register_forward_hook(at_projection)]
-    if site.sum_module:
-        handles.append(base.get_submodule(site.sum_module).register_forward_pre_hook(at_sum))
-    else:
-        handles.append(base.get_submodule(site.layer_module).register_forward_hook(at_end))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(base: nn.Module, layer: str, hidden: Tensor, call: _Call) -> Tensor:
-    return _first(base.get_submodule(layer)(hidden, *call.args, **call.kwargs))
-
-
-def _dense_sums(
-    base: nn.Module, sites: Sequence[Site], stream: _Stream
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The dense network's sums at each site of a layer, and the layer's output."""
-    layer = sites[0].layer_module
-    with ExitStack() as stack:
-        seen = {site.name: stack.enter_context(_watched(base, site)) for site in sites}
-        output = _run(base, layer, stream.dense, stream.calls[layer])
-    sums = {name: item.total for name, item in seen.items() if item.total is not None}
-    return sums, output
-
-
-def _fit(
-    base: nn.Module, site: Site, streams: Sequence[_Stream], sums: Sequence[Tensor], ridge: float
-) -> None:
-    """Re-fit one output projection to the dense sums, given the inputs it has now."""
-    module = projection(base, site.gate.module)
-    weight = logical_weight(module).detach()
-    moments = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
-    for stream, dense_sum in zip(streams, sums, strict=True):
-        with _watched(base, site) as seen:
-            _run(base, site.layer_module, stream.pruned, stream.calls[site.layer_module])
-        assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
-        residual = seen.total - seen.output.view_as(seen.total)
-        target = dense_sum.to(residual.device) - residual
-        mask = stream.mask.to(residual.device)
-        moments.add(by_token(seen.inputs, mask), by_token(target, mask))  # [real tokens, .]
-    bias = None if module.bias is None else module.bias.detach()
-    new, new_bias = solve_towards(moments.over_processes(), weight, bias, ridge)
-    _write(module, new, new_bias)
+def _inputs_and_residual(seen: Seen) -> tuple[Tensor, Tensor]:
+    assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
+    return seen.inputs, seen.total - seen.output.view_as(seen.total)
 
 
 def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
@@ -177,29 +202,21 @@ def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         module.bias.data.copy_(bias)  # type: ignore[operator]  # it has one
 
 
-def _by_layer(sites: Sequence[Site]) -> dict[str, list[Site]]:
-    layers: dict[str, list[Site]] = {}
-    for site in sites:
-        layers.setdefault(site.layer_module, []).append(site)
-    return layers
-
-
 @torch.no_grad()
-def reconstruct(
+def refit(
     model: PreTrainedModel,
-    dense: PreTrainedModel,
-    batches: Sequence[Batch],
+    targets: DenseTargets,
     *,
     ridge: float = 1e-2,
-    changed: Mapping[str, object] | None = None,
+    changed: Collection[str] | None = None,
 ) -> list[str]:
     """Re-fit, in place, the output projections of a pruned model to its dense original.
 
     Args:
         model: after `remove_units`. Evaluated in eval mode and left as it was.
-        dense: the same model before; it is not changed.
-        batches: calibration batches, of which padding is never counted. Labels are not used.
+        targets: of the dense model, from `dense_targets`.
         ridge: pull towards the old weights, relative to the mean diagonal of the Gram matrix.
+            Held-out batches choose between a tenth of it, itself, and ten times it.
         changed: names of the sites to re-fit. All sites from the first narrowed one on, if not
             given: a site that lost nothing still repairs what earlier ones lost.
 
@@ -208,52 +225,62 @@ def reconstruct(
 
     Raises:
         NumericsError: when a sum is not finite.
-        UnsupportedModelError: for encoder-decoders, shared layers, images and sound.
     """
-    modes = model.training, dense.training
-    model.eval()
-    dense.eval()
-    try:
-        return _reconstruct(model, dense, batches, ridge, changed)
-    finally:
-        model.train(modes[0])
-        dense.train(modes[1])
-
-
-def _reconstruct(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    batches: Sequence[Batch],
-    ridge: float,
-    changed: Mapping[str, object] | None,
-) -> list[str]:
     sites = find_sites(model)
-    check_one_sequence(model, sites, "reconstruction")
-    if any(site.runs > 1 for site in sites):
-        raise UnsupportedModelError(
-            f"{model.config.model_type} runs its layers several times, and reconstruction fits "
-            "each once. Use reconstruct: false."
-        )
-    units = {site.name: site.units for site in find_sites(dense)}
+    units = {site.name: site.units for site in targets.sites}
     narrowed = [site.name for site in sites if site.units < units[site.name]]
     if changed is None:
         names = [site.name for site in sites]
-        chosen = set(names[names.index(narrowed[0]) :]) if narrowed else set()
-    else:
-        chosen = set(changed)
-    layers = _by_layer(sites)
-    streams = _start(dense, model, batches, list(layers))
+        changed = set(names[names.index(narrowed[0]) :]) if narrowed else set()
     fitted = []
-    for layer, layer_sites in layers.items():
-        here = [site for site in layer_sites if site.name in chosen]
-        sums: list[dict[str, Tensor]] = []
-        for stream in streams:
-            stream_sums, output = _dense_sums(base_model(dense), here or layer_sites[-1:], stream)
-            sums.append(stream_sums)
-            stream.dense = output
-        for site in here:
-            _fit(base_model(model), site, streams, [s[site.name] for s in sums], ridge)
-            fitted.append(site.name)
-        for stream in streams:
-            stream.pruned = _run(base_model(model), layer, stream.pruned, stream.calls[layer])
+    with both_in_eval(model, targets.dense):
+        walk = _Walk(model, targets, ridge)
+        layers, stack = by_layer(sites), ""
+        for layer, layer_sites in layers.items():
+            before, stack = stack, layer.rpartition(".")[0]
+            if before not in ("", stack):
+                walk.enter([name for name in layers if name.rpartition(".")[0] == stack])
+            here = [site for site in layer_sites if site.name in changed]
+            sums = walk.dense_sums(layer_sites)
+            ends = bool(here) and here[-1].name == layer_sites[-1].name
+            ends = ends and _is_end(walk, here[-1])
+            for site in here:
+                walk.fit(site, sums, last=ends and site is here[-1])
+                fitted.append(site.name)
+            if not ends:
+                walk.run(layer)
     return fitted
+
+
+def _is_end(walk: _Walk, site: Site) -> bool:
+    """Whether the layer gives what comes after this site's sum, and nothing else happens to it."""
+    base, stream = base_model(walk.model), walk.calls[0]
+    with watched(base, site) as seen:
+        output = run_layer(base, site.layer_module, walk.hidden[0], stream.calls[site.layer_module])
+    return seen.after is not None and torch.equal(seen.after, output)
+
+
+def reconstruct(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    ridge: float = 1e-2,
+    changed: Collection[str] | None = None,
+) -> list[str]:
+    """Re-fit, in place, the output projections of a pruned model to its dense original.
+
+    Args:
+        model: after `remove_units`. Evaluated in eval mode and left as it was.
+        dense: the same model before; it is not changed.
+        batches: calibration batches, of which padding is never counted. Labels are not used.
+        ridge: as in `refit`.
+        changed: as in `refit`.
+
+    Returns:
+        The names of the sites that were re-fitted, in order.
+
+    Raises:
+        NumericsError: when a sum is not finite.
+    """
+    return refit(model, dense_targets(dense, batches), ridge=ridge, changed=changed)

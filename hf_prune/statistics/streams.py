@@ -1,0 +1,175 @@
+"""Two streams: what the dense and the pruned network compute, one layer of each at a time.
+
+The other half of every re-fit, beside `moments`. The dense network runs once, to know how each of
+its layers is called and what enters the first. From then on only hidden states are kept, one for
+each network, and layers are run alone, in order. What the pruned network computes therefore
+already contains what was changed in earlier layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hf_prune.sites import Site, base_model, projection
+from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
+
+
+@dataclass
+class Call:
+    """How one layer was called on one batch, but for the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """One batch on its way through both networks. `calls` is by the name of the layer."""
+
+    mask: Tensor  # [B, T], True for real tokens
+    dense: Tensor  # [B, T, E]
+    pruned: Tensor  # [B, T, E]
+    calls: dict[str, Call]
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The hidden states that a layer gave, alone or first of several things."""
+    tensor = value[0] if isinstance(value, tuple) else value
+    assert isinstance(tensor, Tensor)  # noqa: S101  # a layer gives hidden states
+    return tensor
+
+
+@contextmanager
+def both_in_eval(first: nn.Module, second: nn.Module) -> Iterator[None]:
+    """Both models in eval mode inside a `with` block, and as they were after it."""
+    modes = first.training, second.training
+    first.eval()
+    second.eval()
+    try:
+        yield
+    finally:
+        first.train(modes[0])
+        second.train(modes[1])
+
+
+@contextmanager
+def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Call]]]:
+    """What each of the layers is called with while the model runs."""
+    record: dict[str, tuple[Tensor, Call]] = {}
+    handles: list[RemovableHandle] = []
+    for name in layers:
+
+        def keep(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+        ) -> None:
+            rest = dict(kwargs)
+            hidden = args[0] if args else rest.pop("hidden_states")
+            record[name] = (hidden.detach(), Call(args[1:], rest))
+
+        hook = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+        handles.append(hook)
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def start_streams(
+    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Batch], layers: Sequence[str]
+) -> list[Stream]:
+    """Run the dense network once, to know how its layers are called and what enters the first.
+
+    Args:
+        dense: in eval mode.
+        pruned: only its device is read: nothing before the first layer was changed.
+        batches: without labels, or with labels that are not used.
+        layers: names of the layers relative to the base model, in the order in which they run.
+
+    Returns:
+        One stream for each batch, before the first layer.
+    """
+    streams = []
+    for batch in batches:
+        batch = to_device(batch, dense.device)
+        with _recorded(base_model(dense), layers) as record:
+            dense(**forward_kwargs(dense, batch, labels=False))
+        first = record[layers[0]][0]
+        calls = {name: call for name, (_, call) in record.items()}
+        streams.append(Stream(token_mask(dense, batch), first, first.to(pruned.device), calls))
+    return streams
+
+
+def run_layer(base: nn.Module, layer: str, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden states after one layer, `[B, T, E]`, called as it was in the dense network."""
+    return first_tensor(base.get_submodule(layer)(hidden, *call.args, **call.kwargs))
+
+
+@dataclass
+class Seen:
+    """What one site saw when its layer ran: `[B, T, ...]` each.
+
+    `after` is what the module that gets the sum made of it; the sum itself, where there is none.
+    """
+
+    inputs: Tensor | None = None
+    output: Tensor | None = None
+    total: Tensor | None = None
+    after: Tensor | None = None
+
+
+class _Enough(Exception):  # it ends a pass early, and is no error
+    """Everything that was to be seen has been seen."""
+
+
+@contextmanager
+def watched(base: nn.Module, site: Site, *, stop: bool = False) -> Iterator[Seen]:
+    """Watch the output projection of a site, and the sum of its output and the residual.
+
+    Args:
+        base: whose layers are run inside the `with` block.
+        site: of it.
+        stop: end the block as soon as the sum has been seen. What follows in the layer is not run.
+    """
+    seen = Seen()
+
+    def at_projection(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.inputs, seen.output = args[0].detach(), output.detach()
+
+    def at_sum(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.total = args[0].detach()
+        if stop:
+            raise _Enough
+
+    def after_sum(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.after = first_tensor(output).detach()
+
+    def at_end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.total = seen.after = first_tensor(output).detach()
+
+    handles = [projection(base, site.gate.module).register_forward_hook(at_projection)]
+    if site.sum_module:
+        handles.append(base.get_submodule(site.sum_module).register_forward_pre_hook(at_sum))
+        handles.append(base.get_submodule(site.sum_module).register_forward_hook(after_sum))
+    else:
+        handles.append(base.get_submodule(site.layer_module).register_forward_hook(at_end))
+    try:
+        yield seen
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_layer(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """The sites of each layer, by the layer's name, in the order of the model."""
+    layers: dict[str, list[Site]] = {}
+    for site in sites:
+        layers.setdefault(site.layer_module, []).append(site)
+    return layers
