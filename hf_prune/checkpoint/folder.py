@@ -67,17 +67,21 @@ def _replace(new: Path, out: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _is_stale(stage: Path, pid: int) -> bool:
-    """Whether its process is gone, and nothing in it has changed for a while."""
+def _runs(pid: int) -> bool:
+    """Whether there is a process of this number here."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        paths = (stage, *stage.rglob("*"))
-        newest = max(path.lstat().st_mtime for path in paths)
-        return time.time() - newest > STALE_SECONDS
-    except OSError:  # it runs, as another user
         return False
-    return False
+    except OSError:  # it runs, as another user
+        return True
+    return True
+
+
+def _is_old(stage: Path) -> bool:
+    """Whether nothing in it has changed for a while."""
+    newest = max(path.lstat().st_mtime for path in (stage, *stage.rglob("*")))
+    return time.time() - newest > STALE_SECONDS
 
 
 def recover(out: Path) -> None:
@@ -93,10 +97,11 @@ def recover(out: Path) -> None:
         match = pattern.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir():
             continue
-        pid = int(match[1])
-        if match[2] and not out.exists() and pid != os.getpid():
+        if _runs(int(match[1])):
+            continue
+        if match[2] and not out.exists():
             os.replace(path, out)
-        elif _is_stale(path, pid):
+        elif _is_old(path):
             shutil.rmtree(path)
 
 
