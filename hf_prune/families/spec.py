@@ -42,6 +42,10 @@ class Attention:
     """Keys of `core.config` that `forward` reads and that hold the number of query heads."""
     shared_bias: Literal["", "t5", "mpnet"] = ""
     """How a position bias that all layers share reaches the block. Each slices what it kept."""
+    empty: Literal["", "block", "context", "t5"] = ""
+    """What runs where no head is left: the block with matrices of width 0, as it is; a `block` that
+    gives the bias of its output; a `core` that gives a `context` of width 0; T5's block. The last
+    three fill caches, whose length is read from the first layer."""
 
 
 @dataclass(frozen=True)
