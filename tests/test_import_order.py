@@ -17,7 +17,8 @@ ROWS = (
     ("surgery",),
     ("measure",),
     ("checkpoint", "training"),
-    ("report", "export"),
+    ("report", "export", "targets"),
+    ("oneshot",),
     ("hub", "pipeline"),
     ("cli",),
 )

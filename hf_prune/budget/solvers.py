@@ -148,17 +148,22 @@ def get_solver(name: str) -> Solver:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one goal asked for, and what is removed, in the same unit of cost."""
+    """What one goal asked for, and what is removed, in the same unit of cost.
+
+    `tolerance` is for what is measured and therefore noisy: the share of what may be left by which
+    it may be exceeded.
+    """
 
     cost: str
     asked: int
     removed: int
     total: int
+    tolerance: float = 0.0
 
     @property
     def met(self) -> bool:
         """Whether at least what was asked is removed."""
-        return self.removed >= self.asked
+        return self.removed >= self.asked - self.tolerance * (self.total - self.asked)
 
     def to_dict(self) -> dict[str, object]:
         """For the report."""

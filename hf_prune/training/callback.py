@@ -142,7 +142,7 @@ class PruneCallback(TrainerCallback):
     def _decide(self, fraction: float) -> None:
         self.pruning.decide(fraction)
         self.reached = fraction
-        logger.info("sparsity %.4f, kept %s", self.stage.sparsity * fraction, self.pruning.kept())
+        logger.info("sparsity %.4f, kept %s", self.stage.fraction * fraction, self.pruning.kept())
         if fraction >= 1 and self.selection is not None and not self.selection.met:
             for outcome in self.selection.outcomes:
                 logger.warning(

@@ -111,13 +111,13 @@ class StructuredPruning:
     def decide(self, share: float) -> None:
         """Choose what stays at `share` of the final sparsity, and close the other gates."""
         assert self.model is not None  # noqa: S101  # start() came first
-        stage = self.stage.model_copy(update={"sparsity": self.stage.sparsity * share})
+        stage = self.stage.model_copy(update={"sparsity": self.stage.fraction * share})
         rankings = score(self.model, self.sites, stage.criterion, self._statistics(), self.seed)
         base = self.base if (stage.of, stage.cost) == ("layers", "parameters") else None
         goal = make_goal(
             self.sites,
             stage.cost,
-            stage.sparsity,
+            stage.fraction,
             sequence_length=stage.sequence_length,
             base=base,
         )
