@@ -18,6 +18,7 @@ from hf_prune.surgery.reconstruct import reconstruct
 from hf_prune.surgery.remove import remove_units
 from hf_prune.training.callback import PruneCallback
 from hf_prune.training.distill import DistillCallback
+from hf_prune.training.teacher import cache_logits
 from hf_prune.training.zeros import KeepZeros
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PruneCallback",
     "Recipe",
     "Result",
+    "cache_logits",
     "close_gates",
     "compress",
     "compress_family",

@@ -273,6 +273,49 @@ class Distill(Train):
     """Softens both distributions (Hinton et al. 2015, arXiv:1503.02531)."""
     alpha: float = Field(default=0.9, ge=0, le=1)
     """Share of the distillation loss; the rest is the loss of the labels."""
+    alpha_end: float | None = Field(default=None, ge=0, le=1)
+    """Share at the end of the stage, reached in a straight line; None: `alpha` throughout."""
+    logits: float = Field(default=1.0, ge=0)
+    """Weight of the divergence between logits, within the distillation loss."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Weight of the distance of hidden states, through a projection that is learned."""
+    embeddings: float = Field(default=0.0, ge=0)
+    """Weight of the distance of the embeddings, through a projection that is learned."""
+    attention: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of attention maps."""
+    relations: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of relations between tokens (arXiv:2002.10957, 2012.15828)."""
+    relation_of: tuple[Literal["queries", "keys", "values"], ...] = ("values",)
+    """What relations are of."""
+    relation_heads: int = Field(default=12, ge=1)
+    """Heads into which the width is split anew for relations."""
+    layers: Literal["uniform", "last", "closest", "ordered"] = "uniform"
+    """Which layer teaches which: at equal distances, the last alone, the closest of each batch, or
+    the best assignment in order, found once on the first batch."""
+    projection_learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the projections."""
+    teacher: str | None = None
+    """Hub name or folder of another teacher; None: the dense model."""
+    teacher_logits: str | None = None
+    """File with the logits of the teacher, which then need not run."""
+
+    @property
+    def inner(self) -> bool:
+        """Whether layers are compared, and not the logits alone."""
+        return bool(self.hidden or self.embeddings or self.attention or self.relations)
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Distill":
+        if (self.alpha or self.alpha_end) and not (self.logits or self.inner):
+            raise ValueError("all distillation weights are 0: set at least one, or alpha to 0")
+        if self.teacher_logits is not None and (self.inner or self.teacher is not None):
+            raise ValueError(
+                "teacher_logits holds logits only: set hidden, embeddings, attention and relations "
+                "to 0, and no teacher"
+            )
+        if self.relations and len(set(self.relation_of)) != max(len(self.relation_of), 1):
+            raise ValueError("relation_of must name each part once, and at least one of them")
+        return self
 
 
 Stage = Annotated[Union[Prune, Train, Distill], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
@@ -412,7 +455,8 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return [name for model in models for name in model.model_fields]
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """What is wrong with plain data: one line for each mistake, with its place."""
     lines = []
     for item in error.errors(include_url=False):
         location = item["loc"]
@@ -458,7 +502,7 @@ def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -
     try:
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise ConfigError(f"{name}: {_explain(error)}") from error
+        raise ConfigError(f"{name}: {explain(error)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: only plain values are allowed ({error}).") from error
 
