@@ -22,12 +22,12 @@ from hf_prune.statistics.score import check_weights, score
 from hf_prune.surgery.reconstruct import reconstruct
 from hf_prune.surgery.remove import remove_units
 from hf_prune.training.structure import same_on_all_processes
-from hf_prune.weights import (
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import (
     Masks,
     apply_masks_,
     check_weight_stage,
     count_kept,
-    find_weights,
     magnitude_masks,
 )
 
