@@ -9,7 +9,7 @@ from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import HfPruneError
 from hf_prune.gates import close_gates
 from hf_prune.hub import push_to_hub
-from hf_prune.pipeline import compress
+from hf_prune.pipeline import compress, compress_family
 from hf_prune.plan import Plan
 from hf_prune.recipe import Recipe, load_recipe
 from hf_prune.report.result import Result, save_result
@@ -30,6 +30,7 @@ __all__ = [
     "Result",
     "close_gates",
     "compress",
+    "compress_family",
     "find_sites",
     "load_recipe",
     "push_to_hub",

@@ -1,27 +1,22 @@
 """`compress`: recipe, model and data in; smaller model, plan and report out."""
 
 import copy
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_prune.budget.solvers import Selection, decide, get_solver
+from hf_prune.budget.solvers import get_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
-from hf_prune.measure.counts import count_encoder_parameters
+from hf_prune.oneshot import Metric, analyse, prune_once
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch, take
-from hf_prune.statistics.collect import collect
-from hf_prune.statistics.score import check_weights, score
-from hf_prune.surgery.reconstruct import reconstruct
-from hf_prune.surgery.remove import remove_units
-from hf_prune.training.structure import same_on_all_processes
+from hf_prune.statistics.score import check_weights
 from hf_prune.weights.find import find_weights
 from hf_prune.weights.masks import (
     Masks,
@@ -30,8 +25,6 @@ from hf_prune.weights.masks import (
     count_kept,
     magnitude_masks,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -67,56 +60,17 @@ def _calibration(
         model,
         batches,
         at_least=max(stage.min_calibration_samples for stage in stages),
-        at_most=max(stage.calibration_samples for stage in stages),
+        at_most=max(
+            max(stage.calibration_samples, stage.reconstruction_samples or 0) for stage in stages
+        ),
     )
-
-
-def decide_structure(
-    model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int
-) -> Selection:
-    """Find the sites, collect, score and select: the plan of one structured stage.
-
-    Raises:
-        DataError: when calibration data is missing or unfit.
-        NumericsError: when a statistic or a score is not finite.
-    """
-    sites = find_sites(model, stage.units, stage.ignore)
-    if not sites:
-        raise ConfigError(
-            f"no site is left to prune: ignore={list(stage.ignore)} matches all of them."
-        )
-    statistics = collect(model, sites, batches, needs(get_criterion(stage.criterion)), seed)
-    scores = score(model, sites, stage.criterion, statistics, seed)
-    layers = (stage.of, stage.cost) == ("layers", "parameters")
-    base = count_encoder_parameters(model) if layers else None
-    return decide(sites, scores, stage, model_type=model.config.model_type, base=base)
-
-
-def _prune_structure(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    stage: Prune,
-    batches: Sequence[Batch],
-    seed: int,
-) -> tuple[Plan, dict[str, Any]]:
-    selection = same_on_all_processes(decide_structure(model, stage, batches, seed))
-    remove_units(model, selection.plan)
-    fitted = reconstruct(model, dense, batches, ridge=stage.ridge) if stage.reconstruct else []
-    if not selection.met:
-        logger.warning(
-            "asked to remove %d %s, removed %d: floors and ignored sites hold the rest",
-            selection.asked,
-            selection.cost,
-            selection.removed,
-        )
-    return selection.plan, {"kind": "structure", **selection.to_dict(), "refitted": len(fitted)}
 
 
 def _prune_weights(model: PreTrainedModel, stage: Prune) -> tuple[Plan, Masks, dict[str, Any]]:
     weights = find_weights(model, stage.ignore)
     if not weights:
         raise ConfigError(f"no weight is left to prune: ignore={list(stage.ignore)} matches all.")
-    masks = magnitude_masks(weights, stage.sparsity, stage.solver)
+    masks = magnitude_masks(weights, stage.fraction, stage.solver)
     apply_masks_(model, masks)
     kept = count_kept(masks)
     total = sum(mask.numel() for mask in masks.values())
@@ -125,10 +79,38 @@ def _prune_weights(model: PreTrainedModel, stage: Prune) -> tuple[Plan, Masks, d
     return Plan(model.config.model_type, weights=kept), masks, entry
 
 
+def _check(
+    model: PreTrainedModel, recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]"
+) -> Recipe:
+    loaded = load_recipe(recipe)
+    check_stages(loaded)
+    find_sites(model)
+    check_weights(model)
+    return loaded
+
+
+def _start_report(
+    model: PreTrainedModel, recipe: Recipe, batches: Sequence[Batch]
+) -> dict[str, Any]:
+    length = max(stage.sequence_length for stage in recipe.prune_stages)
+    report = new_report(recipe, model)
+    report["sequence_length"] = length
+    report["calibration_samples"] = sum(len(next(iter(batch.values()))) for batch in batches)
+    report["left_to_trainer"] = [
+        "schedule" if isinstance(stage, Prune) else stage.stage
+        for stage in recipe.stages
+        if not isinstance(stage, Prune) or stage.schedule
+    ]
+    report["stages"]["dense"] = measure_stage(model, length)
+    return report
+
+
 def compress(
     model: PreTrainedModel,
     recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
     calibration: Iterable[Batch] | None = None,
+    *,
+    metric: Metric | None = None,
 ) -> Result:
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
@@ -141,6 +123,7 @@ def compress(
         calibration: batches, dicts of tensors (`input_ids`, `attention_mask`, for some criteria
             `labels`). Read once, up to the recipe's `calibration_samples`. Under several processes,
             each passes its own share.
+        metric: from a model to a number, higher = better; for stages with a `floor`.
 
     Returns:
         The smaller model, the plan in the numbering of the given model, and a report with exact
@@ -152,30 +135,74 @@ def compress(
         NumericsError: when a weight, a statistic or a score is not finite.
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
-    recipe = load_recipe(recipe)
-    check_stages(recipe)
-    find_sites(model)
-    check_weights(model)
+    recipe = _check(model, recipe)
     batches = _calibration(model, recipe, calibration)
-    length = max(stage.sequence_length for stage in recipe.prune_stages)
-    report = new_report(recipe, model)
-    report["sequence_length"] = length
-    report["calibration_samples"] = sum(len(next(iter(batch.values()))) for batch in batches)
-    report["left_to_trainer"] = [
-        "schedule" if isinstance(stage, Prune) else stage.stage
-        for stage in recipe.stages
-        if not isinstance(stage, Prune) or stage.schedule
-    ]
-    report["stages"]["dense"] = measure_stage(model, length)
+    report = _start_report(model, recipe, batches)
     pruned = copy.deepcopy(model)
     plan, masks = Plan(model.config.model_type), Masks()
-    for stage in recipe.prune_stages:
+    for index, stage in enumerate(recipe.prune_stages):
         if stage.structural:
-            step, entry = _prune_structure(pruned, model, stage, batches, recipe.seed)
+            analysis = analyse(pruned if index else model, stage, batches, recipe.seed, dense=model)
+            done = prune_once(analysis, stage, metric)
+            pruned, step, entry = done.model, done.decision.selection.plan, done.entry
         else:
             step, new_masks, entry = _prune_weights(pruned, stage)
             masks |= new_masks
         plan = plan.then(step)
         report["pruning"].append(entry)
-    report["stages"]["pruned"] = measure_stage(pruned, length)
+    report["stages"]["pruned"] = measure_stage(pruned, report["sequence_length"])
     return Result(pruned, plan, report, recipe, masks)
+
+
+def compress_family(
+    model: PreTrainedModel,
+    recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
+    calibration: Iterable[Batch] | None = None,
+    *,
+    targets: Sequence["float | Mapping[str, Any]"],
+) -> list[Result]:
+    """Several sizes of a model from one calibration: statistics and rankings are computed once.
+
+    Args:
+        model: as in `compress`.
+        recipe: as in `compress`, with exactly one prune stage, of heads and neurons. Its own
+            sparsity or target is not used.
+        calibration: as in `compress`.
+        targets: for each result a sparsity, or a target such as `{"speedup": "3x"}`.
+
+    Returns:
+        One result for each target, in their order. Each is what `compress` gives for it.
+
+    Raises:
+        ConfigError: when the recipe has another number of prune stages, or a target is not valid.
+        DataError: as in `compress`.
+        NumericsError: as in `compress`.
+        UnsupportedModelError: as in `compress`.
+    """
+    recipe = _check(model, recipe)
+    if len(recipe.prune_stages) != 1 or not recipe.prune_stages[0].structural:
+        raise ConfigError("a family of models needs a recipe with one prune stage, not of weights.")
+    stages = [_with_target(recipe.prune_stages[0], target) for target in targets]
+    batches = _calibration(model, recipe, calibration)
+    analysis = analyse(model, stages[0], batches, recipe.seed)
+    report = _start_report(model, recipe, batches)
+    results = []
+    for stage in stages:
+        one = Recipe(seed=recipe.seed, stages=(stage,))
+        done = prune_once(analysis, stage)
+        own = copy.deepcopy(report)
+        own["recipe"] = one.model_dump(mode="json")
+        own["pruning"].append(done.entry)
+        own["stages"]["pruned"] = measure_stage(done.model, report["sequence_length"])
+        plan = Plan(model.config.model_type).then(done.decision.selection.plan)
+        results.append(Result(done.model, plan, own, one))
+    return results
+
+
+def _with_target(stage: Prune, target: "float | Mapping[str, Any]") -> Prune:
+    data = stage.model_dump(mode="json", exclude_none=True)
+    data = {key: value for key, value in data.items() if key not in ("sparsity", "target")}
+    key = "target" if isinstance(target, Mapping) else "sparsity"
+    value = dict(target) if isinstance(target, Mapping) else float(target)
+    (made,) = load_recipe({"stages": [{**data, key: value}]}).prune_stages
+    return made

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hf_prune.errors import ConfigError
 
@@ -52,6 +60,89 @@ class Schedule(_Model):
         return self
 
 
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)x")
+
+
+def _as_share(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _SHARE.fullmatch(value)
+    if match is None:
+        raise ValueError(f"{value!r} is not a share: write 0.5x for half of the dense model")
+    return value
+
+
+Share = Annotated[str | int, BeforeValidator(_as_share)]
+"""`0.5x` of the dense model, or an absolute count."""
+
+
+class Target(_Model):
+    """What the whole model may cost after a stage. Each one that is given is met."""
+
+    parameters: Share | None = None
+    """All parameters of the model: `0.5x` of the dense model, or a count."""
+    macs: Share | None = None
+    """Multiply-accumulates of one sequence of the stage's `sequence_length` tokens."""
+    bytes: Share | None = None
+    """Bytes of the weights, in the dtype that the model has."""
+    latency_ms: float | None = Field(default=None, gt=0)
+    """Time of one forward pass on this machine, in milliseconds."""
+    speedup: float | str | None = None
+    """How many times as fast a forward pass is to be on this machine: `2x`, or 2.0."""
+    batch_size: int = Field(default=1, ge=1)
+    """Sequences at once when time is measured, each of the stage's `sequence_length` tokens."""
+
+    @field_validator("speedup")
+    @classmethod
+    def _at_least_one(cls, value: float | str | None) -> float | str | None:
+        if value is not None and share_of(value) < 1:
+            raise ValueError(f"speedup={value} is a slow-down: write 2x for twice as fast")
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> "Target":
+        named = ("parameters", "macs", "bytes", "latency_ms", "speedup")
+        if all(getattr(self, name) is None for name in named):
+            raise ValueError(f"name at least one of {', '.join(named)}")
+        for name in ("parameters", "macs", "bytes"):
+            value = getattr(self, name)
+            if isinstance(value, str) and not 0 < share_of(value) <= 1:
+                raise ValueError(f"{name}={value} is not in (0x, 1x]")
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name}={value} is not a positive count")
+        return self
+
+    @property
+    def timed(self) -> bool:
+        """Whether the target is one of time, so that the model has to be timed."""
+        return self.latency_ms is not None or self.speedup is not None
+
+
+def share_of(value: "float | str") -> float:
+    """The number before the `x`, or the number itself.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if not isinstance(value, str):
+        return float(value)
+    match = _SHARE.fullmatch(value)
+    if match is None:
+        raise ValueError(f"{value!r} is not a share: write 0.5x, or 2x")
+    return float(match.group(1))
+
+
+class Floor(_Model):
+    """How much of a metric may be lost. The smallest model that keeps it is searched for."""
+
+    drop: float = Field(ge=0)
+    """Largest loss that is allowed, in the metric's own unit: 0.01 is one point of accuracy."""
+    trials: int = Field(default=8, ge=1)
+    """Models that are built and measured at most."""
+    max_minutes: float = Field(default=30.0, gt=0)
+    """Time after which the best model so far is taken."""
+
+
 class Prune(_Model):
     """What to remove, and how much."""
 
@@ -59,24 +150,33 @@ class Prune(_Model):
     """Tells this stage from the others."""
     units: tuple[Unit, ...] = ("heads", "neurons")
     """What may go: `heads` and `neurons` are really removed, single `weights` become zero."""
-    criterion: str = "fisher"
+    criterion: str = "kfac_obs"
     """A key of `hf_prune.criteria.CRITERIA`."""
-    solver: str = "global"
-    """A key of `hf_prune.budget.SOLVERS`. For weights, `uniform` ranks within each matrix."""
+    solver: str = "knapsack"
+    """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (ranks within each matrix)
+    or `global`."""
     cost: Literal["parameters", "macs"] = "parameters"
     """What `sparsity` counts. MACs are those of one sequence of `sequence_length` tokens."""
-    sparsity: float
-    """Fraction to remove, in [0, 1)."""
+    sparsity: float | None = None
+    """Fraction to remove, in [0, 1). Either this or `target`."""
+    target: Target | None = None
+    """What the model may cost afterwards. Either this or `sparsity`."""
+    floor: Floor | None = None
+    """Remove as much as this allows, and no more than `sparsity` or `target` ask for."""
     of: Literal["prunable", "layers"] = "prunable"
     """The base of `sparsity`: what the stage may remove, or all that the layers hold."""
     min_heads: int = Field(default=1, ge=1)
     """Heads that every attention block keeps."""
     min_neurons: int = Field(default=1, ge=1)
     """Neurons that every feed-forward block keeps."""
+    round_to: int = Field(default=1, ge=1)
+    """Neurons kept are a multiple of this (8 or 16 suits most hardware), unless all stay."""
     ignore: tuple[str, ...] = ()
     """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone."""
     calibration_samples: int = Field(default=512, ge=1)
     """Examples to use at most."""
+    projections: int = Field(default=1, ge=1)
+    """Random projections of each example's logits; each costs one backward pass."""
     min_calibration_samples: int = Field(default=8, ge=1)
     """Fewer examples than this are refused: scores would be noise."""
     sequence_length: int = Field(default=128, ge=1)
@@ -84,14 +184,18 @@ class Prune(_Model):
     reconstruct: bool = True
     """Re-fit the output projections after removal (one-shot only)."""
     ridge: float = Field(default=1e-2, gt=0)
-    """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal."""
+    """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal. Held-out
+    batches choose between a tenth of it, itself and ten times it."""
+    reconstruction_samples: int | None = Field(default=None, ge=1)
+    """Examples for the re-fit; as many as `calibration_samples`, if not given. More help from about
+    85 % sparsity on."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
 
     @field_validator("sparsity")
     @classmethod
-    def _a_fraction(cls, value: float) -> float:
-        if not 0 <= value < 1:
+    def _a_fraction(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < 1:
             raise ValueError(
                 f"sparsity={value:g} is outside [0, 1). It is a fraction, not a percentage: "
                 "write 0.5 to remove half."
@@ -112,6 +216,30 @@ class Prune(_Model):
         if self.of == "layers" and (self.cost == "macs" or "weights" in self.units):
             raise ValueError("of: layers is for cost: parameters of heads and neurons")
         return self
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> "Prune":
+        if (self.sparsity is None) == (self.target is None):
+            raise ValueError("give either sparsity or target")
+        if self.target is not None and (self.schedule is not None or not self.structural):
+            raise ValueError(
+                "target is for heads and neurons in one shot: give sparsity to single weights and "
+                "to a stage with a schedule"
+            )
+        if self.floor is not None and (self.schedule is not None or not self.structural):
+            raise ValueError("floor is for heads and neurons in one shot")
+        return self
+
+    @property
+    def fraction(self) -> float:
+        """The sparsity of a stage that is known to have one.
+
+        Raises:
+            ConfigError: when it has a target instead.
+        """
+        if self.sparsity is None:
+            raise ConfigError("this stage has a target and no sparsity.")
+        return self.sparsity
 
     @property
     def structural(self) -> bool:
@@ -275,8 +403,10 @@ def _read(path: Path) -> str:
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     models: tuple[type[BaseModel], ...] = (Recipe,)
-    if "schedule" in location:
-        models = (Schedule,)
+    nested: dict[str, type[BaseModel]] = {"schedule": Schedule, "target": Target, "floor": Floor}
+    inner = [model for name, model in nested.items() if name in location]
+    if inner:
+        models = tuple(inner)
     elif location and location[0] == "stages":
         models = tuple(m for m in (Prune, Train, Distill) if m.__name__.lower() in location)
     return [name for model in models for name in model.model_fields]

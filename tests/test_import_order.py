@@ -15,9 +15,11 @@ ROWS = (
     ("gates",),
     ("statistics", "budget"),
     ("weights",),
-    ("surgery", "measure"),
+    ("surgery",),
+    ("measure",),
     ("checkpoint", "training"),
-    ("report", "export"),
+    ("report", "export", "targets"),
+    ("oneshot",),
     ("hub", "pipeline"),
     ("cli",),
 )

@@ -1,11 +1,14 @@
-"""Exact costs of units, in Python integers."""
+"""Exact costs, in Python integers: what a site costs at every width, and what a goal allows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from hf_prune.errors import ConfigError
-from hf_prune.recipe import did_you_mean
+from hf_prune.recipe import count_to_remove, did_you_mean
 from hf_prune.sites import Site
 
-COSTS = ("parameters", "macs")
-"""What a budget can count."""
+COSTS = ("parameters", "macs", "bytes")
+"""What a budget can count without measuring."""
 
 
 def unit_cost(site: Site, cost: str, sequence_length: int) -> int:
@@ -26,3 +29,72 @@ def unit_cost(site: Site, cost: str, sequence_length: int) -> int:
         quadratic = 2 * sequence_length**2 * site.attention_width
         return sequence_length * site.macs_per_token + quadratic
     raise ConfigError(f"unknown cost {cost!r}{did_you_mean(cost, COSTS)}")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What may be spent, in one unit of cost.
+
+    Attributes:
+        cost: its name: `parameters`, `macs`, `bytes`, or `latency_ns`.
+        tables: by site, what it costs to keep `k` of its units, for `k` from 0 to all of them.
+            Never falls with `k`.
+        total: what `asked` is a part of, before pruning.
+        asked: how much of it is to go, at least.
+    """
+
+    cost: str
+    tables: Mapping[str, tuple[int, ...]]
+    total: int
+    asked: int
+
+    @property
+    def prunable(self) -> int:
+        """What all units cost together, beyond what cannot go."""
+        return sum(table[-1] for table in self.tables.values())
+
+    @property
+    def budget(self) -> int:
+        """What the kept units may cost together."""
+        return self.prunable - self.asked
+
+    def spent(self, counts: Mapping[str, int]) -> int:
+        """What it costs to keep so many units of each site."""
+        return sum(table[counts[name]] for name, table in self.tables.items())
+
+    def removed(self, counts: Mapping[str, int]) -> int:
+        """What is gone when so many units of each site stay."""
+        return self.prunable - self.spent(counts)
+
+
+def linear_tables(
+    sites: Sequence[Site], cost: str, sequence_length: int
+) -> dict[str, tuple[int, ...]]:
+    """The tables of a cost that grows by the same amount with each unit."""
+    per_unit = {site.name: unit_cost(site, cost, sequence_length) for site in sites}
+    return {
+        site.name: tuple(count * per_unit[site.name] for count in range(site.units + 1))
+        for site in sites
+    }
+
+
+def make_goal(
+    sites: Sequence[Site],
+    cost: str,
+    sparsity: float,
+    *,
+    sequence_length: int = 1,
+    base: int | None = None,
+) -> Goal:
+    """The goal of removing a fraction.
+
+    Args:
+        sites: from `find_sites`.
+        cost: a linear cost: `parameters` or `macs`.
+        sparsity: fraction to remove, in [0, 1).
+        sequence_length: tokens of the sequence whose MACs are counted.
+        base: what the sparsity is a fraction of; the cost of all units, if not given.
+    """
+    tables = linear_tables(sites, cost, sequence_length)
+    total = sum(table[-1] for table in tables.values()) if base is None else base
+    return Goal(cost, tables, total, count_to_remove(sparsity, total))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_prune.measure.counts import example_batch
@@ -54,6 +55,7 @@ def compare_latency(
     sequence_length: int = 64,
     rounds: int = 15,
     warmup: int = 3,
+    progress: str | None = None,
 ) -> dict[str, Latency]:
     """The latency of several models, measured in turn, round by round.
 
@@ -63,6 +65,7 @@ def compare_latency(
         sequence_length: tokens of each, none of them padding.
         rounds: measured rounds.
         warmup: rounds before them.
+        progress: title of a progress bar; none without it.
     """
     modes = {name: model.training for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -70,7 +73,7 @@ def compare_latency(
         for model in models.values():
             model.eval()
         batches = {n: example_batch(m, batch_size, sequence_length) for n, m in models.items()}
-        for turn in range(warmup + rounds):
+        for turn in tqdm(range(warmup + rounds), desc=progress, disable=progress is None):
             for name, model in models.items():
                 elapsed = _time_ms(model, batches[name])
                 if turn >= warmup:

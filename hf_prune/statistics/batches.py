@@ -1,7 +1,7 @@
 """Calibration batches: checked, cut to size, moved, and their padding known."""
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,18 @@ def take(
             f"the calibration set has {count} examples, fewer than "
             f"min_calibration_samples={at_least}. Pass more batches, or lower it in the recipe."
         )
+    return taken
+
+
+def first_examples(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> list[Batch]:
+    """As many whole batches as hold `count` examples, the last one cut."""
+    taken: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        examples = main_input(model, batch).shape[0]
+        taken.append(batch if examples <= count else _first(batch, count, examples))
+        count -= examples
     return taken
 
 

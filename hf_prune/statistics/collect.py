@@ -1,11 +1,14 @@
 """One streamed pass over calibration batches that collects what the criteria need, and no more."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError, NumericsError
@@ -14,15 +17,31 @@ from hf_prune.sites import Site, base_model, projection
 from hf_prune.statistics.batches import (
     Batch,
     counted_positions,
-    example_seed,
     forward_kwargs,
     main_input,
     to_device,
     token_mask,
 )
+from hf_prune.statistics.projection import logits_of, project_logits
 
 Statistics = dict[str, dict[str, Tensor]]
 """By site, then by name of the statistic."""
+LOSS_GATES = frozenset({"gate_grad", "gate_grad_signed", "gate_fisher"})
+"""Read off gates, from the gradient of the loss."""
+PROJECTED_GATES = frozenset({"projected_fisher", "projected_gate_fisher"})
+"""Read off gates, from the gradient of a random projection of the logits."""
+CURVATURE = frozenset({"hessian", "output_gradient"})
+"""Read off the output of a projection, from the same gradient."""
+OUTPUTS = CURVATURE | {"weight_grad_square"}
+"""All that needs the gradient of a projection's output."""
+LOSS = LOSS_GATES | {"weight_grad_square"}
+"""All that needs labels."""
+PROJECTED = PROJECTED_GATES | CURVATURE
+"""All that is a mean over random projections."""
+INPUTS = frozenset({"input_norm", "input_gram"})
+"""Read off the inputs of a projection, without any gradient."""
+SEED_STEP = 1_000_003
+"""Between the seeds of the random projections of one example."""
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -32,33 +51,6 @@ def sum_over_processes(value: Tensor) -> Tensor:
     result = reduce(value, reduction="sum")
     assert isinstance(result, Tensor)  # noqa: S101  # a tensor in, a tensor out
     return result
-
-
-def project_logits(logits: Tensor, inputs: Tensor, mask: Tensor, seed: int) -> Tensor:
-    """A random projection of the logits of each example, `[B]`, with signs drawn from its content.
-
-    Args:
-        logits: `[B, C]`, or `[B, T, C]`, of which only real tokens count.
-        inputs: `[B, T]` token ids, from which the signs are seeded.
-        mask: `[B, T]`, True for real tokens.
-        seed: of the whole run.
-
-    Returns:
-        `[B]`: the sum of `v * z`, `v` in {-1, +1} with its mean over classes taken off, since
-        adding a constant to all logits changes no probability.
-    """
-    result = []
-    for row in range(logits.shape[0]):
-        generator = torch.Generator().manual_seed(example_seed(inputs[row], mask[row], seed))
-        values = logits[row].float()
-        if values.ndim == 2:
-            values = values[mask[row]]  # [T, C] -> [real tokens, C]
-        signs = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.int8)
-        signs = signs.to(values) * 2 - 1
-        if values.shape[-1] > 1:
-            signs = signs - signs.mean(dim=-1, keepdim=True)
-        result.append((values * signs).sum())
-    return torch.stack(result)
 
 
 class _Sums:
@@ -71,94 +63,200 @@ class _Sums:
     def add(self, site: str, name: str, value: Tensor) -> None:
         sums = self.values.setdefault(site, {})
         value = value.detach().double().cpu()
-        sums[name] = sums[name] + value if name in sums else value
+        if name in sums:
+            sums[name] += value
+        else:
+            sums[name] = value
 
 
-def _input_norm_hooks(
-    base: PreTrainedModel, sites: Sequence[Site], sums: _Sums, state: dict[str, Tensor]
-) -> Gates:
-    gates = Gates()
-    for site in sites:
+@dataclass
+class _Seen:
+    """What the output projection of each site saw in one forward pass, call by call."""
 
-        def add(module: torch.nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
-            inputs = args[0].detach()[state["mask"]]  # [B, T, U * D] -> [real tokens, U * D]
-            squares = inputs.float().square().sum(dim=0, dtype=torch.float64)
-            sums.add(site.name, "input_norm", squares.view(site.units, site.gate.width))  # [U, D]
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
 
-        hook = projection(base, site.gate.module).register_forward_pre_hook(add)
-        gates.handles.append(hook)
-    return gates
+    def watch(self, base: PreTrainedModel, sites: Sequence[Site], *, outputs: bool) -> None:
+        """Keep the inputs of all sites, and their outputs, through which gradients will flow."""
+        for site in sites:
 
+            def keep(
+                module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = site.name
+            ) -> None:
+                self.inputs.setdefault(name, []).append(args[0].detach())
+                if outputs:
+                    if not output.requires_grad:
+                        output.requires_grad_()
+                    self.outputs.setdefault(name, []).append(output)
 
-def _add_gradients(
-    model: PreTrainedModel,
-    batch: Batch,
-    gates: Gates,
-    names: Collection[str],
-    sums: _Sums,
-    seed: int,
-) -> None:
-    inputs, mask = main_input(model, batch), token_mask(model, batch)
-    examples = inputs.shape[0]
-    wants_loss = "gate_grad" in names
-    if wants_loss and "labels" not in batch:
-        raise DataError(
-            "the criterion needs the gradient of the loss, and the calibration batches have no "
-            "'labels'. Add them, or use a criterion without labels such as 'fisher'."
-        )
-    output = model(**forward_kwargs(model, batch, labels=wants_loss))
-    leaves = list(gates.values.values())
-    targets = {}
-    per_example = torch.ones(1, 1, 1, device=model.device)
-    if wants_loss:
-        counted = counted_positions(model, batch["labels"]).view(examples, -1).sum(dim=1)  # [B]
-        targets["gate_grad"] = output.loss * counted.sum()  # the loss is a mean: undo it
-        per_example = counted.clamp(min=1).view(-1, 1, 1)  # each example has a mean of its own
-    if "projected_fisher" in names:
-        targets["projected_fisher"] = project_logits(output.logits, inputs, mask, seed).sum()
-    for index, (name, target) in enumerate(targets.items()):
-        keep = index + 1 < len(targets)
-        gradients = torch.autograd.grad(target, leaves, retain_graph=keep, allow_unused=True)
-        for site, gradient in zip(gates.values, gradients, strict=True):
-            leaf = gates.values[site]
-            value = torch.zeros_like(leaf) if gradient is None else gradient
-            per_unit = (value / per_example).abs() if name == "gate_grad" else value.square()
-            sums.add(site, name, per_unit.double().sum(dim=(0, 1)))  # [B, 1, U] -> [U]
+            self.handles.append(projection(base, site.gate.module).register_forward_hook(keep))
+
+    def clear(self) -> None:
+        """Forget the last pass."""
+        self.inputs.clear()
+        self.outputs.clear()
 
 
-def _pass(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    batches: Iterable[Batch],
-    names: Collection[str],
-    seed: int,
-) -> _Sums:
-    sums = _Sums()
-    base = base_model(model)
-    backward = {"gate_grad", "projected_fisher"} & set(names)
-    state: dict[str, Tensor] = {}
-    gates = attach_gates(model, sites) if backward else Gates()
-    norms = _input_norm_hooks(base, sites, sums, state) if "input_norm" in names else Gates()
-    try:
-        for batch in batches:
-            batch = to_device(batch, model.device)
-            state["mask"] = token_mask(model, batch)
-            examples = main_input(model, batch).shape[0]
-            sums.counts += torch.tensor([examples, int(state["mask"].sum())])
-            if backward:
-                for site in sites:
-                    shape = (examples, 1, site.units)
-                    gates.values[site.name] = torch.ones(
-                        shape, device=model.device, requires_grad=True
-                    )
-                _add_gradients(model, batch, gates, names, sums, seed)
-            else:
-                with torch.no_grad():
-                    model(**forward_kwargs(model, batch, labels=False))
-    finally:
-        gates.remove()
-        norms.remove()
-    return sums
+def _real_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """The real tokens, `[tokens, N]`; all of them where the mask is of another sequence."""
+    flat = values.reshape(-1, values.shape[-1])  # [B, T, N] -> [B * T, N]
+    return flat[mask.flatten()] if mask.numel() == len(flat) else flat
+
+
+@dataclass
+class _Pass:
+    """One pass over calibration data: what is asked for, and what has been summed so far."""
+
+    model: PreTrainedModel
+    sites: Sequence[Site]
+    names: frozenset[str]
+    seed: int
+    projections: int
+    gates: Gates = field(default_factory=Gates)
+    seen: _Seen = field(default_factory=_Seen)
+    sums: _Sums = field(default_factory=_Sums)
+
+    def __post_init__(self) -> None:
+        base = base_model(self.model)
+        self.loss = bool(self.names & LOSS)
+        self.projection = bool(self.names & PROJECTED)
+        if self.names & (LOSS_GATES | PROJECTED_GATES):
+            self.gates = attach_gates(self.model, self.sites)
+        if self.names & (INPUTS | OUTPUTS):
+            self.seen.watch(base, self.sites, outputs=bool(self.names & OUTPUTS))
+
+    def close(self) -> None:
+        """Take all hooks away."""
+        self.gates.remove()
+        for handle in self.seen.handles:
+            handle.remove()
+
+    def add(self, batch: Batch) -> None:
+        """Run one batch and add what it says."""
+        batch = to_device(batch, self.model.device)
+        mask, examples = token_mask(self.model, batch), main_input(self.model, batch).shape[0]
+        self.sums.counts += torch.tensor([examples, int(mask.sum())])
+        self.seen.clear()
+        if self.loss or self.projection:
+            self._add_gradients(batch, mask, examples)
+        else:
+            with torch.no_grad():
+                self.model(**forward_kwargs(self.model, batch, labels=False))
+        self._add_inputs(mask)
+
+    def _add_inputs(self, mask: Tensor) -> None:
+        for site in self.sites if self.names & INPUTS else ():
+            for inputs in self.seen.inputs[site.name]:
+                tokens = _real_tokens(inputs, mask).float()  # [tokens, U * D]
+                if "input_norm" in self.names:
+                    squares = tokens.square().sum(dim=0, dtype=torch.float64)
+                    squares = squares.view(site.units, site.gate.width)  # [U, D]
+                    self.sums.add(site.name, "input_norm", squares)
+                if "input_gram" in self.names:
+                    self.sums.add(site.name, "input_gram", tokens.T @ tokens)
+
+    def _targets(self, batch: Batch, mask: Tensor, output: Any) -> Iterator[tuple[str, Tensor]]:
+        """What is differentiated: the loss, and then each random projection of the logits."""
+        if self.loss:
+            counted = counted_positions(self.model, batch["labels"])
+            yield "loss", output.loss * counted.sum()  # the loss is a mean: undo it
+        if self.projection:
+            logits, inputs = logits_of(output), main_input(self.model, batch)
+            head = self.model.get_output_embeddings()
+            for turn in range(self.projections):
+                seed = self.seed + turn * SEED_STEP
+                projected = project_logits(logits, inputs, mask, seed, language=head is not None)
+                yield "projection", projected.sum()
+
+    def _add_gradients(self, batch: Batch, mask: Tensor, examples: int) -> None:
+        if self.loss and "labels" not in batch:
+            raise DataError(
+                "the criterion needs the gradient of the loss, and the calibration batches have no "
+                "'labels'. Add them, or use a criterion without labels such as 'fisher'."
+            )
+        if self.gates.handles:
+            for site in self.sites:
+                self.gates.values[site.name] = torch.ones(
+                    (examples, 1, site.units), device=self.model.device, requires_grad=True
+                )
+        output = self.model(**forward_kwargs(self.model, batch, labels=self.loss))
+        leaves = list(self.gates.values.values())
+        outputs = [t for site in self.sites for t in self.seen.outputs.get(site.name, ())]
+        per_example = torch.ones(examples, device=self.model.device)
+        if self.loss:  # each example has a mean of its own
+            counted = counted_positions(self.model, batch["labels"]).view(examples, -1)
+            per_example = counted.sum(dim=1).clamp(min=1)  # [B]
+        last = self.loss + self.projection * self.projections - 1
+        for turn, (kind, target) in enumerate(self._targets(batch, mask, output)):
+            found = torch.autograd.grad(
+                target, [*leaves, *outputs], retain_graph=turn < last, allow_unused=True
+            )
+            gradients = [
+                torch.zeros_like(x) if g is None else g
+                for g, x in zip(found, [*leaves, *outputs], strict=True)
+            ]
+            scale = 1 / per_example if kind == "loss" else torch.ones_like(per_example)
+            self._add_gates(kind, gradients[: len(leaves)], scale)
+            self._add_outputs(kind, gradients[len(leaves) :], mask, scale)
+
+    def _add_gates(self, kind: str, gradients: Sequence[Tensor], scale: Tensor) -> None:
+        """Statistics of `[B, 1, U]` gradients, one example at a time."""
+        for name, gradient in zip(self.gates.values, gradients, strict=True):
+            values = gradient.squeeze(1).double() * scale.unsqueeze(1)  # [B, 1, U] -> [B, U]
+            made = {
+                ("loss", "gate_grad"): lambda v: v.abs().sum(dim=0),
+                ("loss", "gate_grad_signed"): lambda v: v.sum(dim=0),
+                ("loss", "gate_fisher"): lambda v: v.T @ v,
+                ("projection", "projected_fisher"): lambda v: v.square().sum(dim=0),
+                ("projection", "projected_gate_fisher"): lambda v: v.T @ v,
+            }
+            for (source, statistic), function in made.items():
+                if source == kind and statistic in self.names:
+                    self.sums.add(name, statistic, function(values))
+
+    def _add_outputs(
+        self, kind: str, gradients: Sequence[Tensor], mask: Tensor, scale: Tensor
+    ) -> None:
+        """Statistics of the gradients of outputs, `[B, T, E]` for each call of each projection."""
+        waiting = iter(gradients)
+        for site in self.sites:
+            outputs = self.seen.outputs.get(site.name, ())
+            inputs_seen = self.seen.inputs.get(site.name, ())
+            calls = [(x, next(waiting)) for x, _ in zip(inputs_seen, outputs, strict=False)]
+            if kind == "projection" and self.names & CURVATURE:
+                for inputs, gradient in calls:
+                    x, g = _real_tokens(inputs, mask).float(), _real_tokens(gradient, mask).float()
+                    weight = g.square().sum(dim=1, keepdim=True)  # [tokens, 1]
+                    self.sums.add(site.name, "hessian", (x * weight).T @ x)
+                    self.sums.add(site.name, "output_gradient", g.T @ g)
+            if kind == "loss" and "weight_grad_square" in self.names:
+                self._add_weight_gradients(site, calls, scale)
+
+    def _add_weight_gradients(
+        self, site: Site, calls: Sequence[tuple[Tensor, Tensor]], scale: Tensor
+    ) -> None:
+        total: Tensor | None = None
+        for row in range(len(scale)):
+            products = (g[row].float().T @ x[row].float() for x, g in calls)  # [E, U * D] each
+            gradient = torch.stack(list(products)).sum(dim=0) * scale[row]
+            square = gradient.square()
+            total = square if total is None else total + square
+        if total is not None:
+            by_unit = total.unflatten(1, (site.units, site.gate.width))  # [E, U, D]
+            entries = by_unit.transpose(0, 1).flatten(1)  # [U, N] with N = E * D
+            self.sums.add(site.name, "weight_grad_square", entries)
+
+
+def _mean(name: str, total: Tensor, examples: float, tokens: float, projections: int) -> Tensor:
+    """From a sum over everything to what `STATISTICS` promises."""
+    if name == "input_norm":
+        return (total / tokens).sqrt()
+    if name == "input_gram":
+        return total / tokens
+    if name == "output_gradient":
+        return total / total.diagonal().sum().clamp(min=torch.finfo(total.dtype).tiny)
+    return total / (examples * (projections if name in PROJECTED else 1))
 
 
 def collect(
@@ -167,6 +265,7 @@ def collect(
     batches: Iterable[Batch],
     names: Collection[str],
     seed: int = 0,
+    projections: int = 1,
 ) -> Statistics:
     """The named statistics of each site, over all batches of all processes.
 
@@ -177,6 +276,8 @@ def collect(
         batches: dicts of tensors, read once. Padding, by `attention_mask`, is never counted.
         names: keys of `hf_prune.criteria.STATISTICS`.
         seed: of the random projections.
+        projections: how many random projections of the logits of each example to average over;
+            each costs one backward pass.
 
     Returns:
         For each site, tensors on the CPU in float64, in the shapes that `STATISTICS` states.
@@ -185,24 +286,26 @@ def collect(
         DataError: when labels are needed and missing, or no batch was given.
         NumericsError: when a statistic is not finite, naming the site.
     """
-    data = set(names) - {"generator"}
+    data = frozenset(names) - {"generator"}
     if not data:
         return {site.name: {} for site in sites}
     training = model.training
     model.eval()
+    run = _Pass(model, sites, data, seed, projections)
     try:
-        sums = _pass(model, sites, batches, data, seed)
+        for batch in batches:
+            run.add(batch)
     finally:
+        run.close()
         model.train(training)
-    examples, tokens = sum_over_processes(sums.counts.to(model.device)).tolist()
+    examples, tokens = sum_over_processes(run.sums.counts.to(model.device)).tolist()
     if not examples:
         raise DataError("the calibration set is empty: no batch was given.")
     result: Statistics = {site.name: {} for site in sites}
     for site in sites:
         for name in sorted(data):
-            value = sums.values[site.name][name].to(model.device)
-            total = sum_over_processes(value).cpu()
-            mean = (total / tokens).sqrt() if name == "input_norm" else total / examples
+            value = run.sums.values[site.name].pop(name).to(model.device)
+            mean = _mean(name, sum_over_processes(value).cpu(), examples, tokens, projections)
             if not torch.isfinite(mean).all():
                 raise NumericsError(
                     f"{site.name}: the statistic {name!r} has values that are not finite. Look for "

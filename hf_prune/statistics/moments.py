@@ -4,6 +4,7 @@ The engine of every re-fit: sums over tokens are added batch by batch, over proc
 many, and one damped solve towards the old weights follows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,31 @@ class Moments:
         self.x += x.sum(dim=0, dtype=torch.float64)
         self.t += t.sum(dim=0, dtype=torch.float64)
         self.count += x.shape[0]
+
+    def plus(self, other: "Moments") -> "Moments":
+        """The moments of both sets of tokens."""
+        return Moments(
+            self.xx + other.xx,
+            self.tx + other.tx,
+            self.x + other.x,
+            self.t + other.t,
+            self.count + other.count,
+        )
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Mean squared error of `W x + b` over the tokens, less the part that no weights change.
+
+        Args:
+            weight: `[outputs, inputs]`.
+            bias: `[outputs]`, or None.
+        """
+        weight = weight.double()
+        total = ((weight @ self.xx) * weight).sum() - 2 * (weight * self.tx).sum()
+        if bias is not None:
+            bias = bias.double()
+            total = total + 2 * bias @ (weight @ self.x) + self.count[0] * bias.square().sum()
+            total = total - 2 * bias @ self.t
+        return float(total / self.count.clamp(min=1)[0])
 
     def over_processes(self) -> "Moments":
         """The moments of all processes together."""
@@ -111,3 +137,36 @@ def solve_towards(
         raise NumericsError("the targets of an output projection are not finite.")
     new_bias = None if bias is None else (mean_t - new @ mean_x).to(bias.dtype)
     return new.to(weight.dtype), new_bias
+
+
+def fit_checked(
+    fitted: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None, ridges: Sequence[float]
+) -> tuple[Tensor, Tensor | None, float | None]:
+    """The best fit that tokens which were not fitted confirm; the old weights, if none is better.
+
+    Args:
+        fitted: moments of the tokens to fit.
+        held_out: moments of the others. Without any, the middle one of `ridges` is taken unseen.
+        weight: the old one, `[outputs, inputs]`.
+        bias: `[outputs]`, or None.
+        ridges: to choose from, increasing; as in `solve_towards`.
+
+    Returns:
+        Weight and bias, fitted to all tokens with the chosen ridge, and that ridge; or the old ones
+        and None.
+
+    Raises:
+        NumericsError: when inputs or targets were not finite.
+    """
+    every = fitted.plus(held_out)
+    if not int(held_out.count[0]):
+        ridge = ridges[len(ridges) // 2]
+        return *solve_towards(every, weight, bias, ridge), ridge
+    best, chosen = held_out.error(weight, bias), None
+    for ridge in ridges:
+        error = held_out.error(*solve_towards(fitted, weight, bias, ridge))
+        if error < best:
+            best, chosen = error, ridge
+    if chosen is None:
+        return weight, bias, None
+    return *solve_towards(every, weight, bias, chosen), chosen

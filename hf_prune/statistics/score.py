@@ -1,4 +1,4 @@
-"""Scores: what a criterion says of each unit of each site."""
+"""Scores: what a criterion says of the units of each site, as rankings."""
 
 import zlib
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
+from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import NumericsError
 from hf_prune.sites import Site, base_model, gate_weight
 from hf_prune.statistics.collect import Statistics
@@ -32,24 +33,35 @@ def _generator(site: Site, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(site.name.encode(), seed & 0xFFFFFFFF))
 
 
+def _as_ranking(found: "Tensor | Ranking", site: Site, criterion: str) -> Ranking:
+    values = found.errors if isinstance(found, Ranking) else found
+    if not torch.isfinite(values).all():
+        raise NumericsError(
+            f"{site.name}: criterion {criterion!r} gave a score that is not finite."
+        )
+    return found if isinstance(found, Ranking) else Ranking.from_scores(found.double().cpu())
+
+
+@torch.no_grad()
 def score(
     model: PreTrainedModel,
     sites: Sequence[Site],
     criterion: str,
     statistics: Statistics | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """One number per unit, higher = keep, for each site.
+) -> dict[str, Ranking]:
+    """The order in which units go and what is lost, for each site.
 
     Args:
         model: whose weights are read.
         sites: from `find_sites`.
         criterion: a key of `hf_prune.criteria.CRITERIA`.
         statistics: from `collect`, with what the criterion needs.
-        seed: of the criterion `random`; each site draws from its own stream.
+        seed: of random criteria; each site draws from its own stream.
 
     Returns:
-        For each site `[U]`, float64 on the CPU.
+        For each site a ranking, on the CPU. Criteria that judge units one by one give scores, which
+        add up.
 
     Raises:
         NumericsError: when a score is not finite, naming the site.
@@ -57,18 +69,13 @@ def score(
     function = get_criterion(criterion)
     base = base_model(model)
     result = {}
-    with torch.no_grad():
-        for site in sites:
-            arguments: dict[str, object] = {
-                name: _generator(site, seed)
-                if name == "generator"
-                else (statistics or {})[site.name][name]
-                for name in needs(function)
-            }
-            values = function(gate_weight(base, site).detach().cpu(), **arguments).double().cpu()
-            if not torch.isfinite(values).all():
-                raise NumericsError(
-                    f"{site.name}: criterion {criterion!r} gave a score that is not finite."
-                )
-            result[site.name] = values
+    for site in sites:
+        arguments: dict[str, object] = {
+            name: _generator(site, seed)
+            if name == "generator"
+            else (statistics or {})[site.name][name]
+            for name in needs(function)
+        }
+        found = function(gate_weight(base, site).detach().cpu(), **arguments)
+        result[site.name] = _as_ranking(found, site, criterion)
     return result

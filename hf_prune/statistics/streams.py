@@ -112,16 +112,30 @@ def run_layer(base: nn.Module, layer: str, hidden: Tensor, call: Call) -> Tensor
 
 @dataclass
 class Seen:
-    """What one site saw when its layer ran: `[B, T, ...]` each."""
+    """What one site saw when its layer ran: `[B, T, ...]` each.
+
+    `after` is what the module that gets the sum made of it; the sum itself, where there is none.
+    """
 
     inputs: Tensor | None = None
     output: Tensor | None = None
     total: Tensor | None = None
+    after: Tensor | None = None
+
+
+class _Enough(Exception):  # it ends a pass early, and is no error
+    """Everything that was to be seen has been seen."""
 
 
 @contextmanager
-def watched(base: nn.Module, site: Site) -> Iterator[Seen]:
-    """Watch the output projection of a site, and the sum of its output and the residual."""
+def watched(base: nn.Module, site: Site, *, stop: bool = False) -> Iterator[Seen]:
+    """Watch the output projection of a site, and the sum of its output and the residual.
+
+    Args:
+        base: whose layers are run inside the `with` block.
+        site: of it.
+        stop: end the block as soon as the sum has been seen. What follows in the layer is not run.
+    """
     seen = Seen()
 
     def at_projection(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -129,17 +143,25 @@ def watched(base: nn.Module, site: Site) -> Iterator[Seen]:
 
     def at_sum(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.total = args[0].detach()
+        if stop:
+            raise _Enough
+
+    def after_sum(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.after = first_tensor(output).detach()
 
     def at_end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.total = first_tensor(output).detach()
+        seen.total = seen.after = first_tensor(output).detach()
 
     handles = [projection(base, site.gate.module).register_forward_hook(at_projection)]
     if site.sum_module:
         handles.append(base.get_submodule(site.sum_module).register_forward_pre_hook(at_sum))
+        handles.append(base.get_submodule(site.sum_module).register_forward_hook(after_sum))
     else:
         handles.append(base.get_submodule(site.layer_module).register_forward_hook(at_end))
     try:
         yield seen
+    except _Enough:
+        pass
     finally:
         for handle in handles:
             handle.remove()

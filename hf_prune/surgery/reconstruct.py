@@ -2,7 +2,8 @@
 
 Layer after layer, attention before feed-forward. Each narrowed output projection sees the inputs
 that the already pruned and re-fitted network really gives it, and is fitted to the dense network's
-sum of residual and output, so that it also repairs what earlier sites lost. The walk itself is in
+sum of residual and output, so that it also repairs what earlier sites lost. Some batches are held
+out of each fit: they choose the ridge, and whether the fit is kept at all. The walk itself is in
 `statistics.streams`.
 
 Sources: least-squares reconstruction of pruned layers, He et al. 2017, arXiv:1707.06168; the
@@ -10,8 +11,9 @@ dense target for drifted inputs is the asymmetric calibration of GPTAQ, arXiv:25
 here to the sum after the residual, so that what the residual lost is part of the target.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
@@ -21,8 +23,9 @@ from transformers import PreTrainedModel
 
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
 from hf_prune.statistics.batches import Batch
-from hf_prune.statistics.moments import Moments, solve_towards
+from hf_prune.statistics.moments import Moments, fit_checked
 from hf_prune.statistics.streams import (
+    Seen,
     Stream,
     both_in_eval,
     by_layer,
@@ -31,37 +34,153 @@ from hf_prune.statistics.streams import (
     watched,
 )
 
+HELD_OUT_EVERY = 5
+"""Of so many batches the last one is held out of the fits and judges them."""
+RIDGE_STEPS = (0.1, 1.0, 10.0)
+"""Multiples of the ridge that held-out tokens choose from."""
+MAX_STORED_BYTES = 1 << 30
+"""Dense sums are kept in memory up to here; beyond, the dense layers are run again where needed."""
 
-def _dense_sums(
-    base: nn.Module, sites: Sequence[Site], stream: Stream
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The dense network's sums at each site of a layer, and the layer's output."""
-    layer = sites[0].layer_module
-    with ExitStack() as stack:
-        seen = {site.name: stack.enter_context(watched(base, site)) for site in sites}
-        output = run_layer(base, layer, stream.dense, stream.calls[layer])
-    sums = {name: item.total for name, item in seen.items() if item.total is not None}
-    return sums, output
+Sums = dict[str, Tensor]
+"""By site, the dense network's sum of residual and output on one batch, `[B, T, E]`."""
 
 
-def _fit(
-    base: nn.Module, site: Site, streams: Sequence[Stream], sums: Sequence[Tensor], ridge: float
-) -> None:
-    """Re-fit one output projection to the dense sums, given the inputs it has now."""
-    module = projection(base, site.gate.module)
-    weight = logical_weight(module).detach()
-    moments = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
-    for stream, dense_sum in zip(streams, sums, strict=True):
-        with watched(base, site) as seen:
-            run_layer(base, site.layer_module, stream.pruned, stream.calls[site.layer_module])
-        assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
-        residual = seen.total - seen.output
-        target = dense_sum.to(residual.device) - residual
-        mask = stream.mask.to(residual.device)
-        moments.add(seen.inputs[mask], target[mask])  # [B, T, .] -> [real tokens, .]
-    bias = None if module.bias is None else module.bias.detach()
-    new, new_bias = solve_towards(moments.over_processes(), weight, bias, ridge)
-    _write(module, new, new_bias)
+def _watch_all(base: nn.Module, sites: Sequence[Site], stack: ExitStack) -> dict[str, Seen]:
+    return {site.name: stack.enter_context(watched(base, site)) for site in sites}
+
+
+def _totals(seen: dict[str, Seen]) -> Sums:
+    return {name: item.total for name, item in seen.items() if item.total is not None}
+
+
+@dataclass
+class DenseTargets:
+    """What the dense network computes on calibration batches, for any number of re-fits to it.
+
+    Attributes:
+        dense: the network, in eval mode.
+        sites: of it.
+        batches: on which it was run.
+        streams: how its layers are called, and what enters the first, batch by batch.
+        stored: its sums at all sites, batch by batch; None where they need too much memory.
+    """
+
+    dense: PreTrainedModel
+    sites: Sequence[Site]
+    batches: Sequence[Batch]
+    streams: list[Stream]
+    stored: list[Sums] | None
+
+
+@torch.no_grad()
+def dense_targets(dense: PreTrainedModel, batches: Sequence[Batch]) -> DenseTargets:
+    """Run the dense network once over the batches, and keep what re-fits need of it.
+
+    Args:
+        dense: evaluated in eval mode and left as it was.
+        batches: calibration batches. Labels are not used.
+    """
+    sites, base = find_sites(dense), base_model(dense)
+    with both_in_eval(dense, dense):
+        stored: list[Sums] | None = []
+        streams: list[Stream] = []
+        for batch in batches:
+            with ExitStack() as stack:
+                seen = _watch_all(base, sites if stored is not None else (), stack)
+                streams += start_streams(dense, dense, [batch], list(by_layer(sites)))
+            if stored is None:
+                continue
+            stored.append(_totals(seen))
+            held = sum(t.numel() * t.element_size() for sums in stored for t in sums.values())
+            if held > MAX_STORED_BYTES:
+                stored = None
+    return DenseTargets(dense, sites, batches, streams, stored)
+
+
+@dataclass
+class _Walk:
+    """A pruned network on its way through the layers, beside what the dense one computed."""
+
+    model: PreTrainedModel
+    targets: DenseTargets
+    ridge: float
+    hidden: list[Tensor] = field(default_factory=list)
+    dense_hidden: list[Tensor] = field(default_factory=list)
+    calls: list[Stream] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.calls = self.targets.streams
+        self.dense_hidden = [stream.dense for stream in self.targets.streams]
+        self.hidden = [h.to(self.model.device) for h in self.dense_hidden]
+
+    def dense_sums(self, layer_sites: Sequence[Site]) -> list[Sums]:
+        """The dense network's sums at the sites of a layer. Layers are asked for in order."""
+        if self.targets.stored is not None:
+            return self.targets.stored
+        base, layer = base_model(self.targets.dense), layer_sites[0].layer_module
+        result = []
+        for index, stream in enumerate(self.targets.streams):
+            with ExitStack() as stack:
+                seen = _watch_all(base, layer_sites, stack)
+                call = stream.calls[layer]
+                self.dense_hidden[index] = run_layer(base, layer, self.dense_hidden[index], call)
+            result.append(_totals(seen))
+        return result
+
+    def enter(self, layers: Sequence[str]) -> None:
+        """Begin a further stack: its layers may be called with what an earlier one has made."""
+        model, dense = self.model, self.targets.dense
+        self.calls = [start_streams(model, model, [b], layers)[0] for b in self.targets.batches]
+        self.hidden = [stream.dense for stream in self.calls]
+        if self.targets.stored is None:
+            streams = [start_streams(dense, dense, [b], layers)[0] for b in self.targets.batches]
+            self.dense_hidden = [stream.dense for stream in streams]
+
+    def run(self, layer: str) -> None:
+        """Take the pruned network through a layer."""
+        base = base_model(self.model)
+        for index, stream in enumerate(self.calls):
+            self.hidden[index] = run_layer(base, layer, self.hidden[index], stream.calls[layer])
+
+    def fit(self, site: Site, sums: Sequence[Sums], *, last: bool) -> None:
+        """Re-fit a site; if it is the last of its layer, go on to the next layer."""
+        base = base_model(self.model)
+        module, layer = projection(base, site.gate.module), site.layer_module
+        weight = logical_weight(module).detach()
+        empty = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
+        fitted, held_out = empty, empty.plus(empty)
+        passed: list[Seen] = []
+        for index, stream in enumerate(self.calls):
+            with watched(base, site, stop=not last) as seen:
+                run_layer(base, layer, self.hidden[index], stream.calls[layer])
+            inputs, residual = _inputs_and_residual(seen)
+            target = sums[index][site.name].to(residual.device) - residual
+            mask = stream.mask.to(residual.device)
+            moments = held_out if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
+            moments.add(inputs[mask], target[mask])  # [B, T, .] -> [real tokens, .]
+            if last:
+                passed.append(seen)
+        bias = None if module.bias is None else module.bias.detach()
+        ridges = [step * self.ridge for step in RIDGE_STEPS]
+        new, new_bias, _ = fit_checked(
+            fitted.over_processes(), held_out.over_processes(), weight, bias, ridges
+        )
+        _write(module, new, new_bias)
+        if last:
+            self._go_on(site, module, passed)
+
+    def _go_on(self, site: Site, module: nn.Module, passed: Sequence[Seen]) -> None:
+        """The layer's output with the new weights, from what was seen with the old ones."""
+        base = base_model(self.model)
+        after = base.get_submodule(site.sum_module) if site.sum_module else nn.Identity()
+        for index, seen in enumerate(passed):
+            inputs, residual = _inputs_and_residual(seen)
+            self.hidden[index] = after(residual + module(inputs))
+
+
+def _inputs_and_residual(seen: Seen) -> tuple[Tensor, Tensor]:
+    assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
+    return seen.inputs, seen.total - seen.output
 
 
 def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
@@ -74,21 +193,20 @@ def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def reconstruct(
+def refit(
     model: PreTrainedModel,
-    dense: PreTrainedModel,
-    batches: Sequence[Batch],
+    targets: DenseTargets,
     *,
     ridge: float = 1e-2,
-    changed: Mapping[str, object] | None = None,
+    changed: Collection[str] | None = None,
 ) -> list[str]:
     """Re-fit, in place, the output projections of a pruned model to its dense original.
 
     Args:
         model: after `remove_units`. Evaluated in eval mode and left as it was.
-        dense: the same model before; it is not changed.
-        batches: calibration batches, of which padding is never counted. Labels are not used.
+        targets: of the dense model, from `dense_targets`.
         ridge: pull towards the old weights, relative to the mean diagonal of the Gram matrix.
+            Held-out batches choose between a tenth of it, itself, and ten times it.
         changed: names of the sites to re-fit. All sites from the first narrowed one on, if not
             given: a site that lost nothing still repairs what earlier ones lost.
 
@@ -98,38 +216,61 @@ def reconstruct(
     Raises:
         NumericsError: when a sum is not finite.
     """
-    with both_in_eval(model, dense):
-        return _reconstruct(model, dense, batches, ridge, changed)
-
-
-def _reconstruct(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    batches: Sequence[Batch],
-    ridge: float,
-    changed: Mapping[str, object] | None,
-) -> list[str]:
     sites = find_sites(model)
-    units = {site.name: site.units for site in find_sites(dense)}
+    units = {site.name: site.units for site in targets.sites}
     narrowed = [site.name for site in sites if site.units < units[site.name]]
     if changed is None:
         names = [site.name for site in sites]
-        chosen = set(names[names.index(narrowed[0]) :]) if narrowed else set()
-    else:
-        chosen = set(changed)
-    layers = by_layer(sites)
-    streams = start_streams(dense, model, batches, list(layers))
+        changed = set(names[names.index(narrowed[0]) :]) if narrowed else set()
     fitted = []
-    for layer, layer_sites in layers.items():
-        here = [site for site in layer_sites if site.name in chosen]
-        sums: list[dict[str, Tensor]] = []
-        for stream in streams:
-            stream_sums, output = _dense_sums(base_model(dense), here or layer_sites[-1:], stream)
-            sums.append(stream_sums)
-            stream.dense = output
-        for site in here:
-            _fit(base_model(model), site, streams, [s[site.name] for s in sums], ridge)
-            fitted.append(site.name)
-        for stream in streams:
-            stream.pruned = run_layer(base_model(model), layer, stream.pruned, stream.calls[layer])
+    with both_in_eval(model, targets.dense):
+        walk = _Walk(model, targets, ridge)
+        layers, stack = by_layer(sites), ""
+        for layer, layer_sites in layers.items():
+            before, stack = stack, layer.rpartition(".")[0]
+            if before not in ("", stack):
+                walk.enter([name for name in layers if name.rpartition(".")[0] == stack])
+            here = [site for site in layer_sites if site.name in changed]
+            sums = walk.dense_sums(layer_sites)
+            ends = bool(here) and here[-1].name == layer_sites[-1].name
+            ends = ends and _is_end(walk, here[-1])
+            for site in here:
+                walk.fit(site, sums, last=ends and site is here[-1])
+                fitted.append(site.name)
+            if not ends:
+                walk.run(layer)
     return fitted
+
+
+def _is_end(walk: _Walk, site: Site) -> bool:
+    """Whether the layer gives what comes after this site's sum, and nothing else happens to it."""
+    base, stream = base_model(walk.model), walk.calls[0]
+    with watched(base, site) as seen:
+        output = run_layer(base, site.layer_module, walk.hidden[0], stream.calls[site.layer_module])
+    return seen.after is not None and torch.equal(seen.after, output)
+
+
+def reconstruct(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    ridge: float = 1e-2,
+    changed: Collection[str] | None = None,
+) -> list[str]:
+    """Re-fit, in place, the output projections of a pruned model to its dense original.
+
+    Args:
+        model: after `remove_units`. Evaluated in eval mode and left as it was.
+        dense: the same model before; it is not changed.
+        batches: calibration batches, of which padding is never counted. Labels are not used.
+        ridge: as in `refit`.
+        changed: as in `refit`.
+
+    Returns:
+        The names of the sites that were re-fitted, in order.
+
+    Raises:
+        NumericsError: when a sum is not finite.
+    """
+    return refit(model, dense_targets(dense, batches), ridge=ridge, changed=changed)

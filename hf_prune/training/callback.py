@@ -142,14 +142,15 @@ class PruneCallback(TrainerCallback):
     def _decide(self, fraction: float) -> None:
         self.pruning.decide(fraction)
         self.reached = fraction
-        logger.info("sparsity %.4f, kept %s", self.stage.sparsity * fraction, self.pruning.kept())
+        logger.info("sparsity %.4f, kept %s", self.stage.fraction * fraction, self.pruning.kept())
         if fraction >= 1 and self.selection is not None and not self.selection.met:
-            logger.warning(
-                "%s: %d of %d asked for could be removed; floors and ignored sites hold the rest",
-                self.selection.cost,
-                self.selection.removed,
-                self.selection.asked,
-            )
+            for outcome in self.selection.outcomes:
+                logger.warning(
+                    "%s: %d of %d could be removed; floors and ignored sites hold the rest",
+                    outcome.cost,
+                    outcome.removed,
+                    outcome.asked,
+                )
 
     def _final_plan(self, model: Any) -> Plan:
         if self.selection is not None:

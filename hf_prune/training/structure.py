@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_prune.budget.costs import make_goal
 from hf_prune.budget.solvers import Selection, decide, get_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError, DataError, NumericsError, PlanError
@@ -110,11 +111,18 @@ class StructuredPruning:
     def decide(self, share: float) -> None:
         """Choose what stays at `share` of the final sparsity, and close the other gates."""
         assert self.model is not None  # noqa: S101  # start() came first
-        stage = self.stage.model_copy(update={"sparsity": self.stage.sparsity * share})
-        scores = score(self.model, self.sites, stage.criterion, self._statistics(), self.seed)
+        stage = self.stage.model_copy(update={"sparsity": self.stage.fraction * share})
+        rankings = score(self.model, self.sites, stage.criterion, self._statistics(), self.seed)
         base = self.base if (stage.of, stage.cost) == ("layers", "parameters") else None
+        goal = make_goal(
+            self.sites,
+            stage.cost,
+            stage.fraction,
+            sequence_length=stage.sequence_length,
+            base=base,
+        )
         model_type = self.model.config.model_type
-        selection = decide(self.sites, scores, stage, model_type=model_type, base=base)
+        selection = decide(self.sites, rankings, stage, [goal], model_type=model_type)
         self.selection = same_on_all_processes(selection)
         device = self.model.device
         gates = {name: gate.to(device) for name, gate in plan_gates(selection.plan).items()}

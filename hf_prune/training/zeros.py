@@ -40,7 +40,7 @@ class WeightPruning:
         """Choose the entries that stay at `share` of the final sparsity. Zeros never come back."""
         assert self.model is not None  # noqa: S101  # start() came first
         weights = find_weights(self.model, self.stage.ignore)
-        self.masks = magnitude_masks(weights, self.stage.sparsity * share, self.stage.solver)
+        self.masks = magnitude_masks(weights, self.stage.fraction * share, self.stage.solver)
         apply_masks_(self.model, self.masks)
 
     def after_step(self) -> None:

@@ -7,95 +7,150 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_prune.budget.solvers import SOLVERS, decide, get_solver, ranks, select
+from hf_prune.budget.costs import Goal, make_goal
+from hf_prune.budget.solvers import SOLVERS, allocate, decide, get_solver
+from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import Prune
 from hf_prune.sites import find_sites
 
 solvers = pytest.mark.parametrize("solver", sorted(SOLVERS))
+in_order = pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"knapsack"}))
 SCORE = st.integers(-3, 6).map(float) | st.floats(-1e6, 1e6)
 
 
 @st.composite
 def problems(draw):
-    """Some sites, their scores (with ties), costs, floors, and what everything costs."""
+    """Some sites, their scores (with ties), costs, floors, steps, and what everything costs."""
     sites, scores, costs = [], {}, {}
     for index in range(draw(st.integers(1, 4))):
         name = f"site{index}"
         values = draw(st.lists(SCORE, min_size=1, max_size=7))
         kind = draw(st.sampled_from(["heads", "neurons"]))
-        sites.append(SimpleNamespace(name=name, kind=kind, units=len(values)))
+        sites.append(SimpleNamespace(name=name, kind=kind, units=len(values), layer=index // 2))
         scores[name] = torch.tensor(values, dtype=torch.float64)
-        costs[name] = draw(st.integers(1, 40))
-    floors = draw(st.dictionaries(st.sampled_from(["heads", "neurons"]), st.integers(1, 3)))
-    return sites, scores, costs, floors
+        steps = draw(st.lists(st.integers(0, 40), min_size=len(values), max_size=len(values)))
+        table = [0]
+        for step in steps if draw(st.booleans()) else [max(steps[0], 1)] * len(values):
+            table.append(table[-1] + step)
+        costs[name] = tuple(table)
+    kinds = st.sampled_from(["heads", "neurons"])
+    floors = draw(st.dictionaries(kinds, st.integers(1, 3)))
+    round_to = draw(st.dictionaries(kinds, st.integers(1, 3)))
+    return sites, scores, costs, floors, round_to
 
 
-def spent(kept, costs):
-    return sum(len(site.kept) * costs[name] for name, site in kept.items())
+def solve(problem, solver, *budgets):
+    """Counts for one budget, or for several goals that each have their own."""
+    sites, scores, costs, floors, round_to = problem
+    total = sum(table[-1] for table in costs.values())
+    goals = [Goal(f"cost{i}", costs, total, total - b) for i, b in enumerate(budgets)]
+    rankings = {name: Ranking.from_scores(values) for name, values in scores.items()}
+    return allocate(sites, rankings, goals, solver=solver, floors=floors, round_to=round_to)
 
 
-def floor_cost(sites, costs, floors):
-    return sum(min(s.units, floors.get(s.kind, 1)) * costs[s.name] for s in sites)
+def spent(counts, costs):
+    return sum(costs[name][count] for name, count in counts.items())
+
+
+def levels(site, floors, round_to):
+    """The counts that a site may keep, by trying all of them."""
+    floor, step = min(site.units, floors.get(site.kind, 1)), round_to.get(site.kind, 1)
+    counts = range(floor, site.units + 1)
+    return [c for c in counts if c % step == 0 or c == site.units]
 
 
 @solvers
 @settings(max_examples=100, deadline=None)
-@given(problem=problems(), budget=st.integers(-10, 1200), more=st.integers(0, 300))
-def test_within_budget_and_nested(solver, problem, budget, more):
-    sites, scores, costs, floors = problem
-    total = sum(site.units * costs[site.name] for site in sites)
-    small, large = (
-        select(sites, scores, costs, solver=solver, budget=b, floors=floors)
-        for b in (budget, budget + more)
-    )
-    least = floor_cost(sites, costs, floors)
-    assert spent(small, costs) <= max(budget, least)
+@given(problem=problems(), budget=st.integers(-10, 1200))
+def test_within_budget_at_allowed_levels(solver, problem, budget):
+    sites, _, costs, floors, round_to = problem
+    counts = solve(problem, solver, budget)
+    allowed = {site.name: levels(site, floors, round_to) for site in sites}
+    least = spent({name: counts[0] for name, counts in allowed.items()}, costs)
+    assert all(counts[name] in allowed[name] for name in counts)
+    assert spent(counts, costs) <= max(budget, least)
     if budget <= least:
-        assert spent(small, costs) == least
-    if budget >= total:
-        assert spent(small, costs) == total
-    elif budget >= least:  # nothing more of one unit would have been free
-        assert spent(small, costs) > budget - max(costs.values())
-    for site in sites:
-        assert set(small[site.name].kept) <= set(large[site.name].kept)
-        assert len(small[site.name].kept) >= min(site.units, floors.get(site.kind, 1))
-        assert (small[site.name].units, small[site.name].kind) == (site.units, site.kind)
+        assert spent(counts, costs) == least
+    if budget >= spent({site.name: site.units for site in sites}, costs) and solver != "knapsack":
+        assert counts == {site.name: site.units for site in sites}
+
+
+@in_order
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), budget=st.integers(-10, 1200), more=st.integers(0, 300))
+def test_more_budget_keeps_a_superset(solver, problem, budget, more):
+    small, large = (solve(problem, solver, b) for b in (budget, budget + more))
+    assert all(small[name] <= large[name] for name in small)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), budget=st.integers(0, 600))
+def test_knapsack_loses_least(problem, budget):
+    _, scores, costs, _, _ = problem
+    rankings = {name: Ranking.from_scores(values) for name, values in scores.items()}
+
+    def lost(counts):
+        return sum(rankings[name].error_of(count) for name, count in counts.items())
+
+    best = lost(solve(problem, "knapsack", budget))
+    for other in set(SOLVERS) - {"knapsack"}:
+        counts = solve(problem, other, budget)
+        if spent(counts, costs) <= budget:
+            assert best <= lost(counts) * (1 + 1e-9) + 1e-9
 
 
 @solvers
 @settings(max_examples=60, deadline=None)
-@given(problem=problems(), budget=st.integers(0, 600))
-def test_the_best_of_each_site_stay(solver, problem, budget):
-    sites, scores, costs, floors = problem
-    kept = select(sites, scores, costs, solver=solver, budget=budget, floors=floors)
-    for site in sites:
-        order = sorted(range(site.units), key=lambda u: (-scores[site.name][u].item(), u))
-        count = len(kept[site.name].kept)
-        assert kept[site.name].kept == tuple(sorted(order[:count])), "equal scores: first index"
+@given(problem=problems(), budgets=st.lists(st.integers(1, 400), min_size=2, max_size=3))
+def test_several_goals_are_all_met(solver, problem, budgets):
+    sites, scores, costs, floors, round_to = problem
+    other = {name: tuple(2 * k for k in range(len(table))) for name, table in costs.items()}
+    tables = [costs, other, costs][: len(budgets)]
+    goals = [
+        Goal(str(i), table, sum(t[-1] for t in table.values()), 0) for i, table in enumerate(tables)
+    ]
+    goals = [
+        Goal(g.cost, g.tables, g.total, g.total - b) for g, b in zip(goals, budgets, strict=True)
+    ]
+    rankings = {name: Ranking.from_scores(values) for name, values in scores.items()}
+    counts = allocate(sites, rankings, goals, solver=solver, floors=floors, round_to=round_to)
+    least = {site.name: levels(site, floors, round_to)[0] for site in sites}
+    if counts != least:
+        assert all(goal.spent(counts) <= goal.budget for goal in goals)
+
+
+def toy(**scores):
+    sites = [
+        SimpleNamespace(name=n, kind="heads", units=len(v), layer=i)
+        for i, (n, v) in enumerate(scores.items())
+    ]
+    return sites, {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.items()}
 
 
 def test_global_spends_where_a_unit_of_cost_brings_most():
-    sites = [SimpleNamespace(name=n, kind="heads", units=2) for n in ("a", "b")]
-    scores = {"a": torch.tensor([10.0, 9.0]), "b": torch.tensor([3.0, 2.0])}
-    costs = {"a": 10, "b": 1}
-    kept = select(sites, scores, costs, solver="global", budget=12, floors={})
-    assert {n: s.kept for n, s in kept.items()} == {"a": (0,), "b": (0, 1)}
+    sites, scores = toy(a=[10, 9], b=[3, 2])
+    costs = {"a": (0, 10, 20), "b": (0, 1, 2)}
+    assert solve((sites, scores, costs, {}, {}), "global", 12) == {"a": 1, "b": 2}
 
 
 def test_uniform_takes_the_same_fraction():
-    sites = [SimpleNamespace(name=n, kind="heads", units=u) for n, u in (("a", 4), ("b", 8))]
-    scores = {"a": torch.arange(4.0) * 100, "b": torch.arange(8.0)}
-    kept = select(sites, scores, {"a": 1, "b": 1}, solver="uniform", budget=6, floors={})
-    assert {n: s.kept for n, s in kept.items()} == {"a": (2, 3), "b": (4, 5, 6, 7)}
+    sites, scores = toy(a=[0, 1, 2, 3], b=list(range(8)))
+    costs = {"a": (0, 1, 2, 3, 4), "b": tuple(range(9))}
+    assert solve((sites, scores, costs, {}, {}), "uniform", 6) == {"a": 2, "b": 4}
 
 
-def test_ranks_of_ties():
-    assert ranks(torch.tensor([1.0, 3.0, 1.0, 3.0])).tolist() == [2, 0, 3, 1]
+def test_top_down_empties_the_last_layer_first():
+    sites, scores = toy(a=[9, 9], b=[1, 1], c=[5, 5])
+    costs = {name: (0, 1, 2) for name in scores}
+    problem = (sites, scores, costs, {}, {})
+    assert solve(problem, "top_down", 5) == {"a": 2, "b": 2, "c": 1}
+    assert solve(problem, "top_down", 4) == {"a": 2, "b": 1, "c": 1}
 
 
 def test_nothing_to_select():
-    assert select([], {}, {}, solver="global", budget=5, floors={}) == {}
+    goal = Goal("parameters", {}, 0, 0)
+    assert allocate([], {}, [goal], solver="global", floors={}, round_to={}) == {}
 
 
 def test_unknown_solver():
@@ -109,50 +164,92 @@ def test_unknown_solver():
 def test_decide_removes_what_was_asked(tiny, solver, cost, sparsity):
     model = tiny("bert")
     sites = find_sites(model)
-    scores = {
-        s.name: torch.rand(s.units, generator=torch.Generator().manual_seed(1)) for s in sites
+    rankings = {
+        s.name: Ranking.from_scores(torch.rand(s.units, generator=torch.Generator().manual_seed(1)))
+        for s in sites
     }
     stage = Prune(sparsity=sparsity, solver=solver, cost=cost, sequence_length=10)
-    result = decide(sites, scores, stage, model_type="bert")
+    goal = make_goal(sites, cost, sparsity, sequence_length=10)
+    selection = decide(sites, rankings, stage, [goal], model_type="bert")
+    (result,) = selection.outcomes
     assert result.met
-    assert result.plan.model_type == "bert"
+    assert selection.met
+    assert selection.plan.model_type == "bert"
     largest = 1024 + 24 if cost == "parameters" else 10 * 1024 + 1600
     assert sparsity * result.total <= result.removed < sparsity * result.total + 1 + largest
-    data = result.to_dict()
+    data = selection.to_dict()
     assert data["sparsity"] == result.removed / result.total
     assert data["asked_to_remove"] == result.asked
     if not sparsity:
         assert result.removed == 0
 
 
+def flat(sites):
+    return {site.name: Ranking.from_scores(torch.ones(site.units)) for site in sites}
+
+
 def test_what_cannot_be_met_is_said(tiny):
     sites = find_sites(tiny("bert"))
-    scores = {site.name: torch.ones(site.units) for site in sites}
     stage = Prune(sparsity=0.9, min_heads=3, min_neurons=40)
-    result = decide(sites, scores, stage, model_type="bert")
+    goal = make_goal(sites, "parameters", 0.9)
+    result = decide(sites, flat(sites), stage, [goal], model_type="bert")
     assert not result.met
     assert result.to_dict()["met"] is False
     assert {len(s.kept) for s in result.plan.sites.values()} == {3, 40}
-    assert result.removed < result.asked
+    assert result.outcomes[0].removed < result.outcomes[0].asked
 
 
 def test_another_base(tiny):
     """The fraction is one of all that the layers hold, not only of what may go."""
     sites = find_sites(tiny("bert"))
-    scores = {site.name: torch.ones(site.units) for site in sites}
-    result = decide(sites, scores, Prune(sparsity=0.25), model_type="bert", base=12_000)
-    assert (result.total, result.asked) == (12_000, 3_000)
-    assert result.removed >= 3_000
+    goal = make_goal(sites, "parameters", 0.25, base=12_000)
+    result = decide(sites, flat(sites), Prune(sparsity=0.25), [goal], model_type="bert")
+    (outcome,) = result.outcomes
+    assert (outcome.total, outcome.asked) == (12_000, 3_000)
+    assert outcome.removed >= 3_000
 
 
-def test_asked_is_the_exact_fraction():
+@solvers
+def test_asked_is_the_exact_fraction(solver):
     """A fraction such as 0.07 of 100 is 7: the float product is a little more than that."""
     site = SimpleNamespace(
-        name="a", kind="neurons", units=100, parameters=1, macs_per_token=0, attention_width=0
+        name="a",
+        kind="neurons",
+        units=100,
+        parameters=1,
+        macs_per_token=0,
+        attention_width=0,
+        layer=0,
     )
+    rankings = {"a": Ranking.from_scores(torch.arange(100.0))}
     removed = {}
     for percent in range(1, 100):
-        stage = Prune(sparsity=percent / 100)
-        result = decide([site], {"a": torch.arange(100.0)}, stage, model_type="bert")
-        removed[percent] = result.removed
+        goal = make_goal([site], "parameters", percent / 100)
+        stage = Prune(sparsity=percent / 100, solver=solver)
+        result = decide([site], rankings, stage, [goal], model_type="bert")
+        removed[percent] = result.outcomes[0].removed
     assert {k: v for k, v in removed.items() if k != v} == {}
+
+
+@solvers
+def test_widths_are_rounded(tiny, solver):
+    sites = find_sites(tiny("bert"))
+    stage = Prune(sparsity=0.45, solver=solver, round_to=16)
+    goal = make_goal(sites, "parameters", 0.45)
+    result = decide(sites, flat(sites), stage, [goal], model_type="bert")
+    kept = [len(s.kept) for s in result.plan.sites.values() if s.kind == "neurons"]
+    assert all(count % 16 == 0 for count in kept)
+    assert min(kept) < 48
+    assert result.met
+
+
+def test_two_goals_are_reported(tiny):
+    sites = find_sites(tiny("bert"))
+    goals = [
+        make_goal(sites, "parameters", 0.3),
+        make_goal(sites, "macs", 0.5, sequence_length=10),
+    ]
+    stage = Prune(sparsity=0.3, solver="knapsack")
+    result = decide(sites, flat(sites), stage, goals, model_type="bert")
+    assert result.met
+    assert [entry["cost"] for entry in result.to_dict()["goals"]] == ["parameters", "macs"]

@@ -9,11 +9,14 @@ from hf_prune.families import FAMILIES
 from hf_prune.gates import attach_gates
 from hf_prune.sites import base_model, find_sites, projection
 from hf_prune.statistics.batches import example_seed
-from hf_prune.statistics.collect import collect, project_logits
+from hf_prune.statistics.collect import SEED_STEP, collect
+from hf_prune.statistics.projection import _directions, project_logits
 
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
 GRADIENTS = ("gate_grad", "projected_fisher")
 DATA = (*GRADIENTS, "input_norm")
+CURVATURE = ("weight_grad_square", "hessian", "output_gradient", "input_gram")
+MATRICES = ("gate_fisher", "projected_gate_fisher", "gate_grad_signed")
 
 
 def examples(batch):
@@ -74,8 +77,16 @@ def slow_loop(model, batch, seed):
     return total
 
 
+def plain_signs(values, generator, *, language):
+    """The projection of a classifier, also for a vocabulary."""
+    drawn = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.int8).double()
+    drawn = drawn * 2 - 1
+    return (drawn - drawn.mean(dim=-1, keepdim=True)).to(values)
+
+
 @families
-def test_gradients_against_finite_differences(name, tiny, inputs_for):
+def test_gradients_against_finite_differences(name, tiny, inputs_for, monkeypatch):
+    monkeypatch.setattr("hf_prune.statistics.projection._directions", plain_signs)
     model, batch = tiny(name), inputs_for(name, lengths=(5, 3))
     sites = find_sites(model)
     found = collect(model, sites, [batch], DATA, seed=3)
@@ -162,7 +173,7 @@ def test_shapes_and_side_effects(name, tiny, inputs_for):
 
 
 def test_every_statistic_is_tested():
-    assert set(DATA) | {"generator"} == set(STATISTICS)
+    assert {*DATA, *CURVATURE, *MATRICES, "generator"} == set(STATISTICS)
 
 
 def test_seed_changes_the_projection(tiny, inputs_for):
@@ -221,3 +232,118 @@ def test_not_finite(tiny, inputs_for, statistic):
         NumericsError, match=rf"layer\.\d.*: the statistic '{statistic}' has values"
     ):
         collect(model, find_sites(model), [batch], [statistic])
+
+
+def seen_and_gradients(model, sites, example, seed):
+    """For each site: the inputs, and the gradients of all targets, of its projection."""
+    seen, leaves, handles = {}, {}, []
+    for site in sites:
+
+        def keep(_, args, output, key=site.name):
+            leaves[key] = torch.zeros_like(output, requires_grad=True)
+            seen[key] = args[0].detach()[0]
+            return output + leaves[key]
+
+        module = projection(base_model(model), site.gate.module)
+        handles.append(module.register_forward_hook(keep))
+    made = targets(model, example, seed)
+    for handle in handles:
+        handle.remove()
+    keys = [site.name for site in sites]
+    return seen, {
+        source: dict(
+            zip(
+                keys,
+                torch.autograd.grad(target, [leaves[k] for k in keys], retain_graph=True),
+                strict=True,
+            )
+        )
+        for source, target in made.items()
+    }
+
+
+def of_example(site, x, loss_gradient, gradient):
+    """What one example adds to each statistic, one token at a time."""
+    square = (loss_gradient[0].T @ x).square().double()  # [E, U * D]
+    columns = square.unflatten(1, (site.units, site.gate.width))
+    tokens = list(zip(x.double(), gradient[0].double(), strict=True))
+    return {
+        "weight_grad_square": columns.transpose(0, 1).flatten(1),
+        "input_gram": sum(torch.outer(a, a) for a, _ in tokens),
+        "hessian": sum(g.square().sum() * torch.outer(a, a) for a, g in tokens),
+        "output_gradient": sum(torch.outer(g, g) for _, g in tokens),
+    }
+
+
+def slow_curvature(model, batch, seed):
+    sites = find_sites(model)
+    found = {site.name: {} for site in sites}
+    for example in examples(batch):
+        seen, gradients = seen_and_gradients(model, sites, example, seed)
+        for site in sites:
+            key = site.name
+            loss, projected = (gradients[source][key] for source in GRADIENTS)
+            for name, value in of_example(site, seen[key], loss, projected).items():
+                found[key][name] = found[key].get(name, 0) + value
+    count, tokens = len(batch["input_ids"]), int(batch["attention_mask"].sum())
+    for each in found.values():
+        each["weight_grad_square"] /= count
+        each["hessian"] /= count
+        each["input_gram"] /= tokens
+        each["output_gradient"] /= each["output_gradient"].trace()
+    return found
+
+
+@families
+def test_curvature_against_a_loop(name, tiny, inputs_for, monkeypatch):
+    monkeypatch.setattr("hf_prune.statistics.projection._directions", plain_signs)
+    model, batch = tiny(name), inputs_for(name)
+    sites = find_sites(model)
+    found = collect(model, sites, [batch], CURVATURE, seed=3)
+    expected = slow_curvature(model, batch, 3)
+    for site in sites:
+        for key in CURVATURE:
+            ours, slow = found[site.name][key], expected[site.name][key]
+            assert slow.abs().max() > 0
+            atol = 1e-5 * float(slow.abs().max())
+            torch.testing.assert_close(ours, slow, atol=atol, rtol=1e-3, msg=f"{site.name} {key}")
+
+
+def test_gates_agree_with_each_other(tiny, inputs_for):
+    """The full matrices have the diagonals as their diagonals."""
+    model, batch = tiny("bert"), inputs_for("bert")
+    sites = find_sites(model)
+    keys = {"gate_fisher", "projected_gate_fisher", "projected_fisher", "gate_grad"}
+    found = collect(model, sites, [batch], keys | {"gate_grad_signed"})
+    one = {k: v[:1] for k, v in batch.items()}
+    single = collect(model, sites, [one], keys | {"gate_grad_signed"})
+    for site in sites:
+        each, alone = found[site.name], single[site.name]
+        diagonal = each["projected_gate_fisher"].diagonal()
+        torch.testing.assert_close(diagonal, each["projected_fisher"])
+        assert torch.linalg.eigvalsh(each["gate_fisher"]).min() > -1e-9
+        outer = torch.outer(alone["gate_grad_signed"], alone["gate_grad_signed"])
+        torch.testing.assert_close(alone["gate_fisher"], outer)
+        torch.testing.assert_close(alone["gate_grad_signed"].abs(), alone["gate_grad"])
+
+
+def test_directions_of_a_vocabulary_have_the_covariance_of_its_entries():
+    """Mean over draws of `v v^T` is `diag(p) - p p^T`, the curvature of the KL divergence."""
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([_directions(logits, generator, language=True) for _ in range(20_000)])
+    p = torch.softmax(logits[0], dim=-1)
+    torch.testing.assert_close(
+        draws.T @ draws / len(draws), torch.diag(p) - torch.outer(p, p), atol=0.01, rtol=0
+    )
+
+
+def test_more_projections_are_averaged(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    sites = find_sites(model)
+    both = collect(model, sites, [batch], ["hessian"], seed=5, projections=2)
+    each = [collect(model, sites, [batch], ["hessian"], seed=seed) for seed in (5, 5 + SEED_STEP)]
+    for site in sites:
+        mean = sum(one[site.name]["hessian"] for one in each) / 2
+        torch.testing.assert_close(both[site.name]["hessian"], mean)
+        assert not torch.allclose(each[0][site.name]["hessian"], each[1][site.name]["hessian"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_prune.errors import NumericsError
-from hf_prune.statistics.moments import Moments, solve_towards
+from hf_prune.statistics.moments import Moments, fit_checked, solve_towards
 
 TOKENS, INPUTS, OUTPUTS = 60, 7, 4
 
@@ -108,3 +108,54 @@ def test_targets_that_are_not_finite(value):
     t[3, 2] = value
     with pytest.raises(NumericsError):
         solve_towards(moments_of(x, t), old, bias, 1e-2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_error_is_that_of_the_tokens(bias):
+    """Differences of errors are those of mean squares over the tokens themselves."""
+    x, t, weight, offset = problem()
+    moments = moments_of(x, t, parts=3)
+    found, expected = [], []
+    for scale in (1.0, 0.3):
+        b = scale * offset if bias else None
+        found.append(moments.error(scale * weight, b))
+        y = x.double() @ (scale * weight).double().T + (b.double() if bias else 0)
+        expected.append(float((y - t.double()).square().sum(dim=1).mean()))
+    assert found[0] - found[1] == pytest.approx(expected[0] - expected[1], rel=1e-5)
+
+
+def test_held_out_tokens_choose_the_ridge():
+    """Few tokens to fit, noisy targets: held-out tokens want the strong pull to good weights."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(3, 20, generator=generator)
+    x = torch.randn(400, 20, generator=generator)
+    t = x @ true.T + 3 * torch.randn(400, 3, generator=generator)
+    fitted, held_out = moments_of(x[:24], t[:24]), moments_of(x[24:], t[24:])
+    ridges = (1e-6, 1.0, 1e4)
+    assert fit_checked(fitted, held_out, true, None, ridges)[2] in (1e4, None)
+    plenty, rest = moments_of(x[:360], t[:360]), moments_of(x[360:], t[360:])
+    far = true + 5
+    weight, _, ridge = fit_checked(plenty, rest, far, None, ridges)
+    assert ridge == 1e-6
+    expected, _ = solve_towards(moments_of(x, t), far, None, 1e-6)
+    torch.testing.assert_close(weight, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_fit_that_held_out_tokens_refute_is_dropped():
+    x, t, weight, offset = problem()
+    perfect = x @ weight.T + offset
+    result = fit_checked(
+        moments_of(x[:30], t[:30]), moments_of(x[30:], perfect[30:]), weight, offset, (1e-6, 1e-3)
+    )
+    assert result[2] is None
+    assert torch.equal(result[0], weight)
+    assert result[1] is offset
+
+
+def test_without_held_out_tokens_the_middle_ridge_is_taken():
+    x, t, weight, _ = problem()
+    moments = moments_of(x, t)
+    nothing = Moments.zeros(INPUTS, OUTPUTS, x.device)
+    found, _, ridge = fit_checked(moments, nothing, weight, None, (1e-3, 1e-1, 10.0))
+    assert ridge == 1e-1
+    assert torch.equal(found, solve_towards(moments, weight, None, 1e-1)[0])

@@ -21,11 +21,16 @@ def test_every_criterion_on_every_family(name, criterion, tiny, inputs_for):
     scores = score(model, sites, criterion, statistics)
     assert list(scores) == [site.name for site in sites]
     for site in sites:
-        assert scores[site.name].shape == (site.units,)
-        assert scores[site.name].dtype == torch.float64
-        assert len(scores[site.name].unique()) > 1
+        ranking = scores[site.name]
+        assert sorted(ranking.order.tolist()) == list(range(site.units))
+        assert ranking.errors.shape == (site.units + 1,)
+        assert ranking.errors.dtype == torch.float64
+        assert (ranking.errors.diff() >= 0).all()
+        assert ranking.errors[-1] > 0
     again = score(model, sites, criterion, statistics)
-    assert all(torch.equal(scores[n], again[n]) for n in scores)
+    for name, ranking in scores.items():
+        assert torch.equal(ranking.order, again[name].order)
+        assert torch.equal(ranking.errors, again[name].errors)
 
 
 def test_magnitude_reads_the_gate(tiny):
@@ -34,18 +39,19 @@ def test_magnitude_reads_the_gate(tiny):
     scores = score(model, sites, "magnitude")
     for site in sites:
         expected = gate_weight(base_model(model), site).abs().mean(dim=1).double()
-        torch.testing.assert_close(scores[site.name], expected)
+        ranking = scores[site.name]
+        torch.testing.assert_close(ranking.errors.diff(), expected[ranking.order])
 
 
 def test_random_has_a_stream_for_each_site_and_seed(tiny):
     model = tiny("bert")
     sites = find_sites(model)
     one, two = (score(model, sites, "random", seed=s) for s in (0, 1))
-    values = [tuple(one[s.name].tolist()) for s in sites if s.kind == "heads"]
+    values = [tuple(one[s.name].errors.tolist()) for s in sites if s.kind == "heads"]
     assert len(set(values)) == len(values)
-    assert not torch.equal(one[sites[0].name], two[sites[0].name])
+    assert not torch.equal(one[sites[0].name].errors, two[sites[0].name].errors)
     alone = score(model, sites[2:3], "random")
-    assert torch.equal(alone[sites[2].name], one[sites[2].name])
+    assert torch.equal(alone[sites[2].name].errors, one[sites[2].name].errors)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -60,7 +60,7 @@ def test_the_model_is_small_at_the_end_and_loads(tiny, tmp_path):
     job.train()
     assert callback.selection.met
     gone = before - sum(p.numel() for p in model.parameters())
-    assert gone == callback.selection.removed
+    assert gone == callback.selection.outcomes[0].removed
     job.save_model(tmp_path / "saved")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     ids = torch.randint(5, 99, (2, 7))

@@ -120,7 +120,7 @@ def test_masks_of_another_model():
 
 def test_what_a_stage_of_weights_can_name():
     check_weight_stage(Prune(units=("weights",), sparsity=0.5, criterion="magnitude"))
-    with pytest.raises(ConfigError, match="unknown criterion 'fisher' for weights"):
+    with pytest.raises(ConfigError, match="unknown criterion 'kfac_obs' for weights"):
         check_weight_stage(Prune(units=("weights",), sparsity=0.5))
     stage = Prune(units=("weights",), sparsity=0.5, criterion="magnitude", solver="globel")
     with pytest.raises(ConfigError, match="unknown solver 'globel' for weights; did you mean 'glo"):

@@ -1,0 +1,180 @@
+"""Criteria that judge units together: structured optimal brain surgeon, and the block Fisher.
+
+When a unit goes, what stays can take over a part of its work. Structured OBS knows how large a part
+from the second moments of the projection's inputs, and gives an order in which each unit is the
+cheapest to lose after all before it are gone and the rest has been re-fitted.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.criteria.registry import criterion
+from hf_prune.errors import NumericsError
+
+DAMPING = 1e-3
+"""Added to the diagonal of a Hessian, relative to its mean: they are often singular."""
+MAX_DOUBLINGS = 40
+"""How often the damping is doubled before a Hessian is given up."""
+BLOCKS = 96
+"""Units that go at once: one `BLOCKS`-th of those that are left, and at least one."""
+SMALLEST_EIGENVALUE = 1e-9
+"""Directions of the outputs with less than this share of the largest are left out."""
+
+
+def damped_inverse(hessian: Tensor) -> Tensor:
+    """The inverse of a positive semi-definite matrix, damped as little as needed; float64.
+
+    Raises:
+        NumericsError: when it is not finite, or stays singular.
+    """
+    hessian = hessian.double()
+    damping = DAMPING * float(hessian.diagonal().mean()) or DAMPING
+    identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    for _ in range(MAX_DOUBLINGS):
+        factor, info = torch.linalg.cholesky_ex(hessian + damping * identity)
+        if not int(info):
+            return torch.cholesky_inverse(factor)
+        damping *= 2
+    raise NumericsError("a Hessian stayed singular however much it was damped: is it finite?")
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """`R` of `[E, r]` with `R R^T` the given positive semi-definite `[E, E]`."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    large = values > SMALLEST_EIGENVALUE * values[-1].clamp(min=0)
+    result: Tensor = vectors[:, large] * values[large].sqrt()
+    return result
+
+
+def _columns(units: Tensor, width: int) -> Tensor:
+    """The columns that some units own: `[n]` to `[n * width]`."""
+    steps = torch.arange(width, device=units.device)
+    return (units.unsqueeze(1) * width + steps).flatten()
+
+
+def _unit_errors(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What each unit's removal alone would add, `[m]`, and its block of the inverse, inverted."""
+    units = len(inverse) // width
+    blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    if width == 1:
+        inverted = 1 / blocks.clamp(min=torch.finfo(torch.float64).tiny)
+    else:
+        inverted = torch.linalg.inv(blocks)  # [m, D, D]
+    by_unit = weight.view(len(weight), units, width)  # [r, m * D] -> [r, m, D]
+    errors = torch.einsum("rmd,mde,rme->m", by_unit, inverted, by_unit)
+    return errors.clamp(min=0), inverted
+
+
+def structured_obs(weight: Tensor, hessian: Tensor, width: int) -> Ranking:
+    """The order in which units go when what stays is re-fitted after each.
+
+    Args:
+        weight: `V`, `[r, U * D]`. The error is `tr(dV H dV^T)`.
+        hessian: `H`, `[U * D, U * D]`, of the inputs.
+        width: `D`, columns that one unit owns.
+
+    Returns:
+        Order and error curve, in the unit of `V H V^T`. A unit with columns `S` costs
+        `tr(V_S (A_SS)^-1 V_S^T)` with `A` the inverse of the damped `H` over what is left; then
+        `V` and `A` are updated in closed form. While many units are left, a few go at once, the
+        cheapest ones, at their exact joint error.
+
+    Source: Hassibi and Stork 1992 for single weights; for structures Kurtic et al. 2023,
+        arXiv:2302.04089. The size of the blocks is ours.
+    """
+    inverse, weight = damped_inverse(hessian), weight.double()
+    left = torch.arange(len(hessian) // width, device=hessian.device)
+    order, losses = [], []
+    while len(left):
+        errors, _ = _unit_errors(weight, inverse, width)
+        go = torch.argsort(errors, stable=True)[: max(1, len(left) // BLOCKS)]
+        stay = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        stay[go] = False
+        out, rest = _columns(go, width), _columns(stay.nonzero().flatten(), width)
+        block, removed = inverse[out][:, out], weight[:, out]
+        solved = torch.linalg.solve(block, removed.T)  # [out, r]
+        joint = (removed.T * solved).sum().clamp(min=0)
+        share = errors[go] / errors[go].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        order.append(left[go])
+        losses.append(joint * share)
+        cross = inverse[out][:, rest]  # [out, rest]
+        weight = weight[:, rest] - solved.T @ cross
+        inverse = inverse[rest][:, rest] - cross.T @ torch.linalg.solve(block, cross)
+        left = left[stay]
+    return Ranking.from_losses(torch.cat(order), torch.cat(losses))
+
+
+def _as_matrix(weight: Tensor, width: int) -> Tensor:
+    """From `[U, N]` with `N = E * D` to the columns of the projection, `[E, U * D]`."""
+    units, entries = weight.shape
+    return weight.view(units, entries // width, width).transpose(0, 1).reshape(-1, units * width)
+
+
+@criterion
+def obs(weight: Tensor, *, input_gram: Tensor) -> Ranking:
+    """Squared error of the projection's output, with what stays re-fitted.
+
+    Args:
+        weight: `[U, N]` with `N = E * D`.
+        input_gram: `[U * D, U * D]`.
+
+    Returns:
+        Order and error curve, in squared units of the projection's output, per token.
+
+    Source: structured OBS, Kurtic et al. 2023, arXiv:2302.04089.
+    """
+    width = len(input_gram) // len(weight)
+    return structured_obs(_as_matrix(weight.double(), width), input_gram, width)
+
+
+@criterion
+def kfac_obs(weight: Tensor, *, hessian: Tensor, output_gradient: Tensor) -> Ranking:
+    """Squared change of the logits, to first order, with what stays re-fitted. Needs no labels.
+
+    Args:
+        weight: `[U, N]` with `N = E * D`.
+        hessian: `[U * D, U * D]`, of inputs weighted by how much the logits depend on each token.
+        output_gradient: `[E, E]`, which directions of the output the logits depend on.
+
+    Returns:
+        Order and error curve, in squared units of the logits: one unit for every site, so that
+        attention, feed-forward and layers compare.
+
+    Source: structured OBS, arXiv:2302.04089, with the Kronecker-factored curvature of Martens and
+        Grosse 2015, arXiv:1503.05671, in the place of the inputs' second moments.
+    """
+    width = len(hessian) // len(weight)
+    matrix = _root(output_gradient).T @ _as_matrix(weight.double(), width)  # [r, U * D]
+    return structured_obs(matrix, hessian, width)
+
+
+def _greedy(matrix: Tensor) -> Ranking:
+    """The order that adds least to `1_S^T F 1_S` at each step."""
+    matrix = matrix.double()
+    cost = matrix.diagonal().clone()
+    order, losses = [], []
+    for _ in range(len(matrix)):
+        unit = int(cost.argmin())
+        order.append(unit)
+        losses.append(float(cost[unit]))
+        cost += 2 * matrix[unit]
+        cost[unit] = torch.inf
+    return Ranking.from_losses(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
+
+
+@criterion
+def block_fisher(weight: Tensor, *, projected_gate_fisher: Tensor) -> Ranking:
+    """Squared change of the logits if units were zeroed together, to first order. No labels.
+
+    Args:
+        weight: `[U, N]`, not used: the gate's gradient has the weight in it.
+        projected_gate_fisher: `F`, `[U, U]`.
+
+    Returns:
+        A greedy order, and `1_S^T F 1_S` over the set `S` that is gone.
+
+    Source: the block-diagonal Fisher information of Kwon et al. 2022, arXiv:2204.09656, with random
+        projections of the logits in place of labels.
+    """
+    return _greedy(projected_gate_fisher)

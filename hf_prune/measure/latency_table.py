@@ -1,0 +1,242 @@
+"""What every width of every kind of block costs in time, measured on this machine.
+
+The table holds the fixed costs of a forward pass too: embeddings, norms, head and the overhead of
+calls. Without them a promised speed-up of 2 is measured as 1.6.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from hf_prune.measure.latency import compare_latency
+from hf_prune.plan import Plan, SitePlan
+from hf_prune.sites import Site, find_sites
+from hf_prune.surgery.remove import remove_units
+
+logger = logging.getLogger(__name__)
+
+TABLE_VERSION = 1
+"""Version of the cached file."""
+SHARES = (0.03, 0.06, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Widths to measure, as shares of a site's units."""
+NS_PER_MS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The input that is timed: sequences at once, and tokens of each."""
+
+    batch_size: int
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured nanoseconds of a forward pass.
+
+    Attributes:
+        total_ns: of the whole model as it is.
+        fixed_ns: of the model with every site at its least measured width.
+        points: by kind of block, the measured widths and what each adds to that, for one site.
+    """
+
+    total_ns: int
+    fixed_ns: int
+    points: Mapping[str, Mapping[int, int]]
+
+    def tables(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        """By site, what each number of kept units adds to `fixed_ns`; never falls."""
+        return {site.name: _interpolate(self.points[_group(site)], site.units) for site in sites}
+
+    def predict_ns(self, sites: Sequence[Site], counts: Mapping[str, int]) -> int:
+        """The latency of the whole model when so many units of each site stay."""
+        tables = self.tables(sites)
+        return self.fixed_ns + sum(tables[site.name][counts[site.name]] for site in sites)
+
+
+def _group(site: Site) -> str:
+    """What sites must have in common for their widths to cost the same."""
+    shape = (site.kind, site.gate.width, site.parameters, site.macs_per_token)
+    return "-".join(str(part) for part in shape)
+
+
+def _interpolate(points: Mapping[int, int], units: int) -> tuple[int, ...]:
+    widths = sorted(points)
+    result: list[int] = []
+    for count in range(units + 1):
+        right = next((i for i, w in enumerate(widths) if w >= count), len(widths) - 1)
+        left = max(right - 1, 0)
+        low, high = widths[left], widths[right]
+        share = 0.0 if high == low else (count - low) / (high - low)
+        value = round(points[low] + share * (points[high] - points[low]))
+        result.append(max(0, value, result[-1] if result else 0))
+    return tuple(result)
+
+
+def _grid(units: int) -> list[int]:
+    if units <= 16:
+        return list(range(1, units + 1))
+    return sorted({max(1, round(share * units / 8) * 8) for share in SHARES[:-1]} | {units})
+
+
+def shaped_like(model: PreTrainedModel, counts: Mapping[str, int]) -> PreTrainedModel:
+    """A model of the widths that keep so many units of each site, for timing only.
+
+    It shares what is not narrowed with the given model, which is not changed: no weight is copied.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    sites = {
+        site.name: SitePlan(site.kind, site.units, tuple(range(counts[site.name])))
+        for site in find_sites(model)
+        if site.name in counts
+    }
+    remove_units(shared, Plan(model.config.model_type, sites))
+    return shared
+
+
+def _variants(
+    sites: Sequence[Site],
+) -> tuple[dict[str, dict[str, int]], dict[str, tuple[str, int]]]:
+    """The widths of every model to time, and which group and width each of them is about."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(_group(site), []).append(site)
+    least = {site.name: _grid(site.units)[0] for site in sites}
+    counts = {"full": {site.name: site.units for site in sites}, "least": least}
+    about: dict[str, tuple[str, int]] = {}
+    for group, members in groups.items():
+        for width in _grid(max(site.units for site in members))[1:]:
+            name = f"{group}@{width}"
+            wide = {s.name: min(width, s.units) for s in members}
+            counts[name], about[name] = {**least, **wide}, (group, width)
+    return counts, about
+
+
+def measure_latency_table(
+    model: PreTrainedModel, sites: Sequence[Site], shape: Shape, *, rounds: int = 8
+) -> LatencyTable:
+    """Time forward passes of models of many widths, in turn, with a progress bar.
+
+    Each measured model has all sites of one kind at one width and all others at their least, so
+    that what is timed are whole models, with their overheads and caches. What one site adds is the
+    difference to the least model, shared among the sites of that kind, and scaled so that the table
+    adds up to the time of the model as it is.
+
+    Args:
+        model: not changed.
+        sites: all sites that will be priced.
+        shape: of the input.
+        rounds: over all models.
+    """
+    counts, about = _variants(sites)
+    models = {name: shaped_like(model, each) for name, each in counts.items()}
+    times = compare_latency(
+        models,
+        batch_size=shape.batch_size,
+        sequence_length=shape.sequence_length,
+        rounds=rounds,
+        progress="Measuring latency",
+    )
+    full = times["full"].median_ms * NS_PER_MS
+    relative = {name: item.ratio * full for name, item in times.items()}  # fair to every model
+    sizes: dict[str, int] = {}
+    for site in sites:
+        sizes[_group(site)] = sizes.get(_group(site), 0) + 1
+    points: dict[str, dict[int, float]] = {}
+    for site in sites:
+        points.setdefault(_group(site), {})[_grid(site.units)[0]] = 0.0
+    for name, (group, width) in about.items():
+        points[group][width] = (relative[name] - relative["least"]) / sizes[group]
+    whole = sum(points[_group(site)][site.units] for site in sites)
+    scale = (full - relative["least"]) / whole if whole > 0 else 1.0
+    return LatencyTable(
+        round(full),
+        round(relative["least"]),
+        {
+            group: {width: round(scale * value) for width, value in each.items()}
+            for group, each in points.items()
+        },
+    )
+
+
+def _key(model: PreTrainedModel, sites: Sequence[Site], shape: Shape) -> str:
+    device = model.device
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    parts = {
+        "version": TABLE_VERSION,
+        "model": type(model).__name__,
+        "config": config,
+        "attention": model.config._attn_implementation,
+        "sites": [(site.name, site.units, _group(site)) for site in sites],
+        "shape": asdict(shape),
+        "device": [device.type, named, platform.machine(), os.cpu_count()],
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype),
+        "software": [torch.__version__, transformers.__version__],
+    }
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: `$HF_PRUNE_CACHE`, or `~/.cache/hf_prune`."""
+    return Path(os.environ.get("HF_PRUNE_CACHE") or Path.home() / ".cache" / "hf_prune")
+
+
+def _read(path: Path) -> LatencyTable | None:
+    """The table in a file; None when there is none, or it is not one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        points = {
+            str(group): {int(width): int(value) for width, value in each.items()}
+            for group, each in data["points"].items()
+        }
+        return LatencyTable(int(data["total_ns"]), int(data["fixed_ns"]), points)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        logger.warning("%s is not a latency table: it is measured again.", path)
+        return None
+
+
+def latency_table(
+    model: PreTrainedModel, sites: Sequence[Site], shape: Shape, *, cache: bool = True
+) -> LatencyTable:
+    """The table of a model on this machine, measured once and then read from disk.
+
+    The key holds the model's sizes, device, threads, dtype, attention, the shape of the input, and
+    the versions of torch and transformers.
+
+    Args:
+        model: not changed.
+        sites: all sites that will be priced.
+        shape: of the input.
+        cache: whether to read and write the cache folder.
+    """
+    path = cache_folder() / "latency" / f"{_key(model, sites, shape)}.json"
+    table = _read(path) if cache else None
+    if table is not None:
+        return table
+    table = measure_latency_table(model, sites, shape)
+    if cache:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".{os.getpid()}.tmp")
+        staged.write_text(json.dumps(asdict(table)) + "\n", encoding="utf-8")
+        staged.replace(path)
+    return table

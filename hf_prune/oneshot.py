@@ -1,0 +1,209 @@
+"""A structured stage carried out at once: analyse, choose, remove, re-fit.
+
+What is known about a model before anything is decided (statistics, rankings, what the dense network
+computes) is gathered once, and serves any number of targets.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_prune.criteria import get_criterion, needs
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.recipe import Floor, Prune
+from hf_prune.sites import Site, find_sites
+from hf_prune.statistics.batches import Batch, first_examples
+from hf_prune.statistics.collect import collect
+from hf_prune.statistics.score import score
+from hf_prune.surgery.reconstruct import DenseTargets, dense_targets, refit
+from hf_prune.surgery.remove import remove_units
+from hf_prune.targets import Chooser, Decision
+from hf_prune.training.structure import same_on_all_processes
+
+logger = logging.getLogger(__name__)
+
+Metric = Callable[[PreTrainedModel], float]
+"""A figure of a model on data that was not calibrated on; higher = better."""
+
+
+@dataclass
+class Analysis:
+    """What is known about a model before a stage decides.
+
+    Attributes:
+        model: to be pruned; never changed.
+        sites: what can go.
+        rankings: in which order, and what is lost.
+        refit_batches: for the re-fit.
+        dense: the network that the re-fit aims at; `model` itself, unless it was pruned before.
+        seconds: wall time of each step so far.
+    """
+
+    model: PreTrainedModel
+    sites: Sequence[Site]
+    rankings: Mapping[str, Ranking]
+    refit_batches: Sequence[Batch]
+    dense: PreTrainedModel
+    seconds: dict[str, float] = field(default_factory=dict)
+    targets: DenseTargets | None = None
+
+    def dense_targets(self) -> DenseTargets:
+        """What the dense network computes on the batches of the re-fit; computed once."""
+        if self.targets is None:
+            with _timed(self.seconds, "dense_pass"):
+                self.targets = dense_targets(self.dense, self.refit_batches)
+        return self.targets
+
+
+class _timed:  # a context manager, used like a function
+    """Adds the wall time of a `with` block to an entry of a dictionary."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        passed = time.perf_counter() - self.start
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + passed
+
+
+def analyse(
+    model: PreTrainedModel,
+    stage: Prune,
+    batches: Sequence[Batch],
+    seed: int,
+    *,
+    dense: PreTrainedModel | None = None,
+) -> Analysis:
+    """Find the sites of a model, collect what the criterion needs, and rank the units.
+
+    Args:
+        model: not changed.
+        stage: a structured one.
+        batches: calibration batches, already checked; as many examples as the stage asks for are
+            used.
+        seed: of everything random.
+        dense: what the re-fit aims at, where `model` itself is no longer dense.
+
+    Raises:
+        ConfigError: when no site is left.
+        DataError: when calibration data is missing or unfit.
+        NumericsError: when a statistic or a score is not finite.
+    """
+    sites = find_sites(model, stage.units, stage.ignore)
+    if not sites:
+        raise ConfigError(
+            f"no site is left to prune: ignore={list(stage.ignore)} matches all of them."
+        )
+    seconds: dict[str, float] = {}
+    wanted = needs(get_criterion(stage.criterion))
+    few = first_examples(model, batches, stage.calibration_samples)
+    with _timed(seconds, "statistics"):
+        statistics = collect(model, sites, few, wanted, seed, stage.projections)
+    with _timed(seconds, "scores"):
+        rankings = score(model, sites, stage.criterion, statistics, seed)
+    many = first_examples(model, batches, stage.reconstruction_samples or stage.calibration_samples)
+    return Analysis(model, sites, rankings, many, model if dense is None else dense, seconds)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model after a stage, what was decided, and the entry of the report."""
+
+    model: PreTrainedModel
+    decision: Decision
+    entry: dict[str, Any]
+
+
+def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
+    """A copy of the analysed model with the plan carried out, and what stays re-fitted."""
+    seconds: dict[str, float] = {}
+    same_on_all_processes(decision.selection)
+    model = copy.deepcopy(analysis.model)
+    with _timed(seconds, "remove"):
+        remove_units(model, decision.selection.plan)
+    fitted: list[str] = []
+    if stage.reconstruct:
+        targets = analysis.dense_targets()
+        with _timed(seconds, "reconstruct"):
+            fitted = refit(model, targets, ridge=stage.ridge)
+    entry = {
+        "kind": "structure",
+        **decision.to_dict(),
+        "refitted": len(fitted),
+        "seconds": {**analysis.seconds, **seconds},
+    }
+    for outcome in () if decision.selection.met else decision.selection.outcomes:
+        logger.warning(
+            "asked to remove %d %s, removed %d: floors and ignored sites hold the rest",
+            outcome.asked,
+            outcome.cost,
+            outcome.removed,
+        )
+    return Pruned(model, decision, entry)
+
+
+def prune_once(analysis: Analysis, stage: Prune, metric: Metric | None = None) -> Pruned:
+    """Carry out a stage on an analysed model.
+
+    Args:
+        analysis: from `analyse`, of this stage or of one that differs in its target only.
+        stage: a structured one.
+        metric: needed where the stage has a floor.
+
+    Raises:
+        ConfigError: when the stage has a floor and there is no metric.
+    """
+    start = time.perf_counter()
+    chooser = Chooser(analysis.model, analysis.sites, analysis.rankings, stage)
+    if stage.floor is not None:
+        if metric is None:
+            raise ConfigError(
+                "the stage has a floor: pass compress(..., metric=...), a function from a model to "
+                "a number, higher = better, on data that is neither calibrated nor reported on."
+            )
+        return _above_floor(analysis, chooser, stage, stage.floor, metric)
+    decision = chooser.choose()
+    seconds = time.perf_counter() - start
+    pruned = carry_out(analysis, decision, stage)
+    pruned.entry["seconds"]["solve"] = seconds
+    return pruned
+
+
+def _above_floor(
+    analysis: Analysis, chooser: Chooser, stage: Prune, floor: Floor, metric: Metric
+) -> Pruned:
+    """The smallest model that keeps the metric, by bisection between nothing and all asked for."""
+    start = time.monotonic()
+    least = metric(analysis.dense) - floor.drop
+    if least != least:
+        raise DataError("the metric of the dense model is not a number.")
+    trials: list[dict[str, float]] = []
+    best: Pruned | None = None
+    low, high, scale = 0.0, 1.0, 1.0
+    for _ in range(floor.trials):
+        pruned = carry_out(analysis, chooser.choose(scale), stage)
+        value = metric(pruned.model)
+        trials.append({"scale": scale, "metric": value})
+        logger.info("floor %.4f: %.4f at %.3f of what was asked", least, value, scale)
+        if value >= least:
+            low, best = scale, pruned
+        else:
+            high = scale
+        scale = (low + high) / 2
+        late = time.monotonic() - start > 60 * floor.max_minutes
+        if low == 1.0 or late:
+            break
+    if best is None:
+        logger.warning("no smaller model above the floor was found: nothing is removed.")
+        best = carry_out(analysis, chooser.choose(0.0), stage)
+    best.entry["floor"] = {"least": least, "trials": trials}
+    return best

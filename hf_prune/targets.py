@@ -1,0 +1,212 @@
+"""From what a stage asks for to goals in numbers, and to a plan that really meets them.
+
+Parameters, MACs and bytes are counted. A latency is looked up in a table that was measured on this
+machine; then a model of the chosen widths is timed beside the dense one, and where the table was
+wrong the goal is moved and the widths are chosen again. Widths alone decide the time, so this
+needs no trained weights.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from transformers import PreTrainedModel
+
+from hf_prune.budget.costs import Goal, linear_tables, make_goal
+from hf_prune.budget.solvers import Outcome, Selection, decide
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
+from hf_prune.measure.latency import compare_latency
+from hf_prune.measure.latency_table import (
+    NS_PER_MS,
+    LatencyTable,
+    Shape,
+    latency_table,
+    shaped_like,
+)
+from hf_prune.recipe import Prune, Target, share_of
+from hf_prune.sites import Site
+
+logger = logging.getLogger(__name__)
+
+LATENCY = "latency_ns"
+"""The name of the cost that is time."""
+TOLERANCE = 0.05
+"""A measured latency this close to the one asked for is met."""
+CLOSE_ENOUGH = 0.015
+"""The goal is not moved for less than this."""
+MAX_ATTEMPTS = 4
+"""How often widths are chosen and timed."""
+ROUNDS = 15
+"""Rounds in which the chosen widths are timed beside the dense model."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was asked of the latency, what the table promised, and what was measured; in ms."""
+
+    asked_ms: float
+    predicted_ms: float
+    measured_ms: float
+    dense_ms: float
+    attempts: int
+    shape: Shape
+
+    def to_dict(self) -> dict[str, object]:
+        """For the report. `deviation` is that of the measured from the asked."""
+        return {
+            **dataclasses.asdict(self),
+            "speedup": self.dense_ms / self.measured_ms,
+            "deviation": self.measured_ms / self.asked_ms - 1,
+            "deviation_of_table": self.predicted_ms / self.measured_ms - 1,
+        }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A selection, and how its latency was measured where it was asked for."""
+
+    selection: Selection
+    timing: Timing | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """For the report."""
+        timing = {"timing": self.timing.to_dict()} if self.timing else {}
+        return {**self.selection.to_dict(), **timing}
+
+
+def _allowed(value: "str | int", total: int) -> int:
+    if isinstance(value, int):
+        return value
+    return math.floor(Fraction(value.removesuffix("x")) * total)
+
+
+def _counted(
+    model: PreTrainedModel, sites: Sequence[Site], stage: Prune, target: Target
+) -> list[Goal]:
+    goals = []
+    length = stage.sequence_length
+    if target.parameters is not None:
+        total = count_parameters(model)
+        tables = linear_tables(sites, "parameters", length)
+        goals.append(Goal("parameters", tables, total, total - _allowed(target.parameters, total)))
+    if target.macs is not None:
+        total = count_macs(model, length)
+        tables = linear_tables(sites, "macs", length)
+        goals.append(Goal("macs", tables, total, total - _allowed(target.macs, total)))
+    if target.bytes is not None:
+        size = model.dtype.itemsize
+        total = size * count_parameters(model)
+        tables = {
+            name: tuple(size * count for count in table)
+            for name, table in linear_tables(sites, "parameters", length).items()
+        }
+        goals.append(Goal("bytes", tables, total, total - _allowed(target.bytes, total)))
+    return goals
+
+
+def _allowed_ns(target: Target, table: LatencyTable) -> int:
+    limits = []
+    if target.latency_ms is not None:
+        limits.append(target.latency_ms * NS_PER_MS)
+    if target.speedup is not None:
+        limits.append(table.total_ns / share_of(target.speedup))
+    return int(min(limits))
+
+
+def _scaled(goal: Goal, scale: float) -> Goal:
+    return dataclasses.replace(goal, asked=math.ceil(goal.asked * scale))
+
+
+@dataclass
+class Chooser:
+    """Chooses widths for one model and one stage, again and again for different amounts.
+
+    What is slow (counts, the latency table) is done once.
+    """
+
+    model: PreTrainedModel
+    sites: Sequence[Site]
+    rankings: Mapping[str, Ranking]
+    stage: Prune
+    table: LatencyTable | None = None
+
+    def __post_init__(self) -> None:
+        target = self.stage.target
+        self.goals: list[Goal] = []
+        self.shape = Shape(target.batch_size if target else 1, self.stage.sequence_length)
+        if target is None:
+            layers = (self.stage.of, self.stage.cost) == ("layers", "parameters")
+            goal = make_goal(
+                self.sites,
+                self.stage.cost,
+                self.stage.fraction,
+                sequence_length=self.stage.sequence_length,
+                base=count_encoder_parameters(self.model) if layers else None,
+            )
+            self.goals.append(goal)
+            return
+        self.goals += _counted(self.model, self.sites, self.stage, target)
+        if target.timed:
+            if self.table is None:
+                self.table = latency_table(self.model, self.sites, self.shape)
+            tables = self.table.tables(self.sites)
+            total = self.table.total_ns
+            asked = max(0, total - _allowed_ns(target, self.table))
+            self.goals.append(Goal(LATENCY, tables, total, asked))
+
+    def choose(self, scale: float = 1.0) -> Decision:
+        """The plan that removes `scale` of what the stage asks for."""
+        goals = [_scaled(goal, scale) for goal in self.goals]
+        if self.table is None:
+            return Decision(self._decide(goals))
+        return self._choose_timed(goals[:-1], goals[-1], self.table)
+
+    def _decide(self, goals: Sequence[Goal]) -> Selection:
+        model_type = self.model.config.model_type
+        return decide(self.sites, self.rankings, self.stage, goals, model_type=model_type)
+
+    def _choose_timed(self, others: Sequence[Goal], goal: Goal, table: LatencyTable) -> Decision:
+        allowed, moved = goal.total - goal.asked, goal
+        best: tuple[Selection, Timing] | None = None
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            selection = self._decide([*others, moved])
+            counts = {name: len(site.kept) for name, site in selection.plan.sites.items()}
+            share = self._measure(counts)
+            timing = Timing(
+                asked_ms=allowed / NS_PER_MS,
+                predicted_ms=table.predict_ns(self.sites, counts) / NS_PER_MS,
+                measured_ms=share * goal.total / NS_PER_MS,
+                dense_ms=goal.total / NS_PER_MS,
+                attempts=attempt,
+                shape=self.shape,
+            )
+            wrong = share * goal.total / allowed - 1
+            if best is None or abs(wrong) < abs(best[1].measured_ms / best[1].asked_ms - 1):
+                best = selection, timing
+            if abs(wrong) < CLOSE_ENOUGH or (selection == best[0] and attempt > 1):
+                break
+            spent = goal.total - moved.asked
+            moved = dataclasses.replace(
+                moved, asked=max(0, round(goal.total - spent / (1 + wrong)))
+            )
+        assert best is not None  # noqa: S101  # there is at least one attempt
+        selection, timing = best
+        removed = round(goal.total - timing.measured_ms * NS_PER_MS)
+        outcome = Outcome(goal.cost, goal.asked, removed, goal.total, TOLERANCE)
+        outcomes = (*selection.outcomes[:-1], outcome)
+        return Decision(dataclasses.replace(selection, outcomes=outcomes), timing)
+
+    def _measure(self, counts: Mapping[str, int]) -> float:
+        """The latency of a model of some widths, as a share of the dense model's."""
+        models = {"dense": self.model, "pruned": shaped_like(self.model, counts)}
+        times = compare_latency(
+            models,
+            batch_size=self.shape.batch_size,
+            sequence_length=self.shape.sequence_length,
+            rounds=ROUNDS,
+        )
+        return times["pruned"].ratio

@@ -1,0 +1,124 @@
+"""The table of latencies: measured once, adds up, and is read back."""
+
+import json
+
+import pytest
+import torch
+
+from hf_prune.measure import latency_table as module
+from hf_prune.measure.counts import count_parameters
+from hf_prune.measure.latency import Latency
+from hf_prune.measure.latency_table import (
+    LatencyTable,
+    Shape,
+    latency_table,
+    measure_latency_table,
+    shaped_like,
+)
+from hf_prune.sites import find_sites
+
+SHAPE = Shape(2, 16)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A machine on which a head takes 0.7 ms, a neuron 0.01 ms, and everything else 3 ms."""
+    calls = []
+
+    def compare(models, **options):
+        calls.append((list(models), options))
+        times = {}
+        for name, model in models.items():
+            heads, neurons = (
+                sum(s.units for s in find_sites(model, (kind,))) for kind in ("heads", "neurons")
+            )
+            times[name] = 3.0 + 0.7 * heads + 0.01 * neurons
+        first = next(iter(times.values()))
+        return {name: Latency(value, value, value, value / first) for name, value in times.items()}
+
+    monkeypatch.setattr(module, "compare_latency", compare)
+    return calls
+
+
+def test_a_linear_machine_is_learned_exactly(tiny, clock):
+    model = tiny("bert")
+    sites = find_sites(model)
+    table = measure_latency_table(model, sites, SHAPE, rounds=2)
+    full = {site.name: site.units for site in sites}
+    some = {s.name: 2 if s.kind == "heads" else 20 for s in sites}
+    assert table.total_ns == pytest.approx((3 + 0.7 * 8 + 0.01 * 96) * 1e6)
+    assert table.predict_ns(sites, full) == pytest.approx(table.total_ns, rel=1e-6)
+    assert table.predict_ns(sites, some) == pytest.approx((3 + 0.7 * 4 + 0.4) * 1e6, rel=1e-6)
+    (names, options), *others = clock
+    assert not others, "all models take turns in one measurement"
+    assert options["batch_size"] == 2
+    assert options["sequence_length"] == 16
+    assert names[0] == "full"
+
+
+def test_tables_never_fall_however_noisy():
+    table = LatencyTable(100, 10, {"heads-8-1-1": {1: 0, 2: 50, 3: 40, 4: 90}})
+
+    class Fake:
+        name, kind, units, parameters, macs_per_token = "a", "heads", 4, 1, 1
+
+        class gate:
+            width = 8
+
+    assert table.tables([Fake]) == {"a": (0, 0, 50, 50, 90)}
+
+
+def test_models_for_timing_share_what_is_not_narrowed(tiny):
+    model = tiny("llama")
+    before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
+    sites = find_sites(model)
+    small = shaped_like(model, {s.name: 1 if s.kind == "heads" else 16 for s in sites})
+    assert {s.units for s in find_sites(small)} == {1, 16}
+    assert count_parameters(small) < count_parameters(model)
+    assert small.get_input_embeddings().weight is model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+def test_is_read_back_and_depends_on_what_matters(tiny, clock, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
+    model = tiny("bert")
+    sites = find_sites(model)
+    one = latency_table(model, sites, SHAPE)
+    assert latency_table(model, sites, SHAPE) == one
+    assert len(clock) == 1
+    latency_table(model, sites, Shape(4, 16))
+    latency_table(model.half(), sites, SHAPE)
+    assert len(clock) == 3
+    files = sorted((tmp_path / "latency").iterdir())
+    assert len(files) == 3
+    assert all(path.suffix == ".json" for path in files)
+    latency_table(tiny("bert"), sites, SHAPE, cache=False)
+    assert len(clock) == 4
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"total_ns": 1, "fixed_ns": 1, "points": 3}'])
+def test_a_damaged_cache_is_measured_again(tiny, clock, tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
+    model = tiny("bert")
+    sites = find_sites(model)
+    one = latency_table(model, sites, SHAPE)
+    (path,) = (tmp_path / "latency").iterdir()
+    path.write_text(damage)
+    assert latency_table(model, sites, SHAPE) == one
+    assert len(clock) == 2
+    assert json.loads(path.read_text())["total_ns"] == one.total_ns
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "distilbert"])
+def test_measures_real_models(tiny, name):
+    model = tiny(name)
+    sites = find_sites(model)
+    table = measure_latency_table(model, sites, SHAPE, rounds=2)
+    assert table.total_ns > 0
+    assert table.fixed_ns > 0
+    for site, entries in table.tables(sites).items():
+        assert len(entries) == {s.name: s.units for s in sites}[site] + 1
+        assert list(entries) == sorted(entries)

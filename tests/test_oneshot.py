@@ -1,0 +1,112 @@
+"""One analysis, many targets; and the smallest model above a floor."""
+
+import pytest
+import torch
+
+from hf_prune import compress, compress_family
+from hf_prune.errors import ConfigError
+from hf_prune.measure.counts import count_parameters
+
+STAGE = {"stage": "prune", "sequence_length": 16}
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_family_is_what_compress_gives_for_each(tiny, inputs_for, name, monkeypatch):
+    model, batches = tiny(name), [inputs_for(name, s) for s in range(6)]
+    passes = []
+    collect = __import__("hf_prune.oneshot", fromlist=["collect"]).collect
+    monkeypatch.setattr(
+        "hf_prune.oneshot.collect", lambda *a, **k: passes.append(1) or collect(*a, **k)
+    )
+    targets = [0.3, 0.5, {"macs": "0.6x"}]
+    family = compress_family(
+        model, {"stages": [{**STAGE, "sparsity": 0.1}]}, batches, targets=targets
+    )
+    assert len(passes) == 1, "statistics are collected once"
+    for target, result in zip(targets, family, strict=True):
+        key = "target" if isinstance(target, dict) else "sparsity"
+        alone = compress(model, {"stages": [{**STAGE, key: target}]}, batches)
+        assert result.plan == alone.plan
+        assert same(result.model, alone.model)
+        assert result.report["stages"] == alone.report["stages"]
+        assert result.recipe.prune_stages == alone.recipe.prune_stages
+    assert count_parameters(family[1].model) < count_parameters(family[0].model)
+
+
+def test_a_family_needs_one_structured_stage(tiny, inputs_for):
+    stages = [{**STAGE, "sparsity": 0.1}] * 2
+    with pytest.raises(ConfigError, match="one prune stage"):
+        compress_family(tiny("bert"), {"stages": stages}, [inputs_for("bert")], targets=[0.5])
+    with pytest.raises(ConfigError, match="outside"):
+        compress_family(
+            tiny("bert"), {"stages": stages[:1]}, [inputs_for("bert")] * 2, targets=[50.0]
+        )
+
+
+def test_the_smallest_model_above_the_floor(tiny, inputs_for):
+    """The metric falls with the parameters: bisection finds where it meets the floor."""
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+    total = count_parameters(model)
+
+    def metric(candidate):
+        return count_parameters(candidate) / total
+
+    stage = {**STAGE, "sparsity": 0.9, "criterion": "magnitude"}
+    floor = {"drop": 0.25, "trials": 9}
+    result = compress(model, {"stages": [{**stage, "floor": floor}]}, batches, metric=metric)
+    assert 0.75 <= metric(result.model) < 0.78
+    entry = result.report["pruning"][0]
+    assert entry["floor"]["least"] == 0.75
+    assert len(entry["floor"]["trials"]) == 9
+    all_of_it = compress(
+        model, {"stages": [{**stage, "floor": {"drop": 1.0}}]}, batches, metric=metric
+    )
+    assert len(all_of_it.report["pruning"][0]["floor"]["trials"]) == 1
+
+
+def test_when_no_smaller_model_is_good_enough(tiny, inputs_for, caplog):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+
+    def metric(candidate):
+        return float(count_parameters(candidate) == count_parameters(model))
+
+    stage = {**STAGE, "sparsity": 0.9, "floor": {"drop": 0.5, "trials": 3}}
+    result = compress(model, {"stages": [stage]}, batches, metric=metric)
+    assert count_parameters(result.model) == count_parameters(model)
+    assert "nothing is removed" in caplog.text
+
+
+def test_a_floor_needs_a_metric(tiny, inputs_for):
+    stage = {**STAGE, "sparsity": 0.5, "floor": {"drop": 0.01}}
+    with pytest.raises(ConfigError, match=r"pass compress\(\.\.\., metric="):
+        compress(tiny("bert"), {"stages": [stage]}, [inputs_for("bert")] * 3)
+
+
+def test_the_search_stops_when_its_time_is_over(tiny, inputs_for):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+    floor = {"drop": 0.0, "trials": 50, "max_minutes": 1e-9}
+    stage = {**STAGE, "sparsity": 0.5, "floor": floor}
+    result = compress(model, {"stages": [stage]}, batches, metric=lambda m: -float(m is not model))
+    assert len(result.report["pruning"][0]["floor"]["trials"]) == 1
+
+
+def test_more_examples_for_the_refit_than_for_the_scores(tiny, inputs_for, monkeypatch):
+    seen = {}
+    for name in ("collect", "dense_targets"):
+        original = getattr(__import__("hf_prune.oneshot", fromlist=[name]), name)
+        position = 2 if name == "collect" else 1
+
+        def spy(*args, name=name, original=original, position=position):
+            seen[name] = sum(len(batch["input_ids"]) for batch in args[position])
+            return original(*args)
+
+        monkeypatch.setattr(f"hf_prune.oneshot.{name}", spy)
+    stage = {**STAGE, "sparsity": 0.5, "calibration_samples": 10, "reconstruction_samples": 14}
+    batches = [inputs_for("bert", s) for s in range(8)]
+    result = compress(tiny("bert"), {"stages": [stage]}, batches)
+    assert seen == {"collect": 10, "dense_targets": 14}
+    assert result.report["calibration_samples"] == 14

@@ -1,0 +1,151 @@
+"""Targets: what is asked is met by the real model, and a wrong table is corrected by measuring."""
+
+import pytest
+
+from hf_prune import compress, targets
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.measure.counts import count_macs, count_parameters
+from hf_prune.measure.latency import Latency
+from hf_prune.measure.latency_table import LatencyTable, _group
+from hf_prune.recipe import Prune, Target, load_recipe
+from hf_prune.sites import find_sites
+from hf_prune.statistics.score import score
+from hf_prune.targets import CLOSE_ENOUGH, Chooser
+
+
+def recipe(target, **stage):
+    stage = {"stage": "prune", "criterion": "magnitude", "sequence_length": 16, **stage}
+    return {"stages": [{**stage, "target": target}]}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("share", [0.95, 0.8])
+def test_counted_targets_hold_for_the_whole_model(tiny, inputs_for, name, share):
+    model, batches = tiny(name), [inputs_for(name, s) for s in range(3)]
+    for key in ("parameters", "macs", "bytes"):
+        result = compress(model, recipe({key: f"{share}x"}), batches)
+        stages = result.report["stages"]
+        dense, left = (
+            (4 * s["parameters"] if key == "bytes" else s[key])
+            for s in (stages["dense"], stages["pruned"])
+        )
+        (entry,) = result.report["pruning"]
+        assert entry["met"], key
+        assert left <= share * dense
+        assert left > (share - 0.15) * dense, "not much more than asked"
+        assert dense - left == entry["removed"]
+
+
+def test_absolute_counts_and_several_at_once(tiny, inputs_for):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(3)]
+    parameters, macs = count_parameters(model), count_macs(model, 16)
+    target = {"parameters": parameters - 5000, "macs": "0.6x"}
+    result = compress(model, recipe(target), batches)
+    (entry,) = result.report["pruning"]
+    assert [goal["cost"] for goal in entry["goals"]] == ["parameters", "macs"]
+    assert entry["met"]
+    assert count_parameters(result.model) <= parameters - 5000
+    assert count_macs(result.model, 16) <= 0.6 * macs
+
+
+def test_what_cannot_be_met_is_said(tiny, inputs_for):
+    result = compress(tiny("bert"), recipe({"parameters": 10}), [inputs_for("bert")] * 2)
+    (entry,) = result.report["pruning"]
+    assert not entry["met"]
+    kept = [len(s.kept) for s in result.plan.sites.values()]
+    assert set(kept) == {1}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A table that says one thing, and a clock that says another."""
+
+    def make(wrong_by):
+        def time_of(model):
+            return 2.0 + sum(s.units * s.parameters for s in find_sites(model)) / 10_000
+
+        def table(model, sites, shape):
+            points = {
+                _group(s): {0: 0, s.units: round(s.units * s.parameters * 100 * wrong_by)}
+                for s in sites
+            }
+            total = round(time_of(model) * 1e6)
+            extra = sum(points[_group(s)][s.units] for s in sites)
+            return LatencyTable(total, total - extra, points)
+
+        def compare(models, **options):
+            times = {name: time_of(model) for name, model in models.items()}
+            first = next(iter(times.values()))
+            return {n: Latency(value, value, value, value / first) for n, value in times.items()}
+
+        monkeypatch.setattr(targets, "latency_table", table)
+        monkeypatch.setattr(targets, "compare_latency", compare)
+
+    return make
+
+
+@pytest.mark.parametrize("wrong_by", [1.0, 0.7, 1.4])
+@pytest.mark.parametrize("target", [{"speedup": "1.4x"}, {"latency_ms": 2.8}])
+def test_a_wrong_table_is_corrected(tiny, machine, wrong_by, target):
+    machine(wrong_by)
+    model = tiny("bert")
+    sites = find_sites(model)
+    stage = Prune(criterion="magnitude", target=Target(**target), sequence_length=16)
+    decision = Chooser(model, sites, score(model, sites, "magnitude"), stage).choose()
+    timing = decision.to_dict()["timing"]
+    assert abs(timing["deviation"]) < max(CLOSE_ENOUGH, 0.03), "one unit of a tiny model is 2 %"
+    assert decision.selection.met
+    assert (timing["attempts"] > 1) == (wrong_by != 1.0)
+    (outcome,) = decision.selection.outcomes
+    assert outcome.cost == "latency_ns"
+    assert (outcome.total - outcome.removed) / 1e6 == pytest.approx(timing["measured_ms"])
+
+
+def test_a_latency_out_of_reach_is_said(tiny, machine):
+    machine(1.0)
+    model = tiny("bert")
+    sites = find_sites(model)
+    stage = Prune(criterion="magnitude", target=Target(speedup="50x"))
+    flat = {site.name: Ranking.from_scores(score_of(site)) for site in sites}
+    decision = Chooser(model, sites, flat, stage).choose()
+    assert not decision.selection.met
+
+
+def score_of(site):
+    import torch
+
+    return torch.ones(site.units)
+
+
+def test_a_real_clock(tiny, inputs_for, tmp_path, monkeypatch):
+    """No figure is asserted, only that it runs and says what it measured."""
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
+    result = compress(
+        tiny("bert"),
+        recipe({"speedup": 1.05, "batch_size": 2}),
+        [inputs_for("bert", s) for s in range(3)],
+    )
+    timing = result.report["pruning"][0]["timing"]
+    assert timing["measured_ms"] > 0
+    assert timing["shape"] == {"batch_size": 2, "sequence_length": 16}
+    assert list((tmp_path / "latency").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({}, "give either sparsity or target"),
+        ({"sparsity": 0.5, "target": {"macs": "0.5x"}}, "give either sparsity or target"),
+        ({"target": {}}, "name at least one of parameters"),
+        ({"target": {"parameters": "half"}}, "'half' is not a share: write 0.5x"),
+        ({"target": {"parameters": "2x"}}, r"parameters=2x is not in \(0x, 1x\]"),
+        ({"target": {"macs": -3}}, "macs=-3 is not a positive count"),
+        ({"target": {"speedup": "0.5x"}}, "speedup=0.5x is a slow-down"),
+        ({"target": {"latency": 3}}, "did you mean 'latency_ms'"),
+        ({"target": {"speedup": "2x"}, "units": ["weights"]}, "give sparsity to single weights"),
+        ({"sparsity": 0.5, "floor": {"dropp": 0.1}}, "did you mean 'drop'"),
+    ],
+)
+def test_bad_targets(stage, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe({"stages": [{"stage": "prune", **stage}]})
