@@ -17,12 +17,12 @@ from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
-from hf_prune.weights import (
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import (
     Masks,
     apply_masks_,
     check_weight_stage,
     count_kept,
-    find_weights,
     magnitude_masks,
 )
 

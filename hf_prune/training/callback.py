@@ -16,7 +16,7 @@ from hf_prune.recipe import Prune, Recipe, load_recipe
 from hf_prune.training.schedule import is_due, share
 from hf_prune.training.structure import StructuredPruning
 from hf_prune.training.zeros import WeightPruning
-from hf_prune.weights import count_kept
+from hf_prune.weights.masks import count_kept
 
 logger = logging.getLogger(__name__)
 

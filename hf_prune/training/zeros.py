@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_prune.recipe import Prune
-from hf_prune.weights import (
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import (
     Masks,
     apply_masks_,
     check_weight_stage,
     count_kept,
-    find_weights,
     magnitude_masks,
 )
 

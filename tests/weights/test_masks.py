@@ -10,11 +10,11 @@ from torch import nn
 
 from hf_prune.errors import ConfigError, NumericsError, PlanError
 from hf_prune.recipe import Prune
-from hf_prune.weights import (
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import (
     apply_masks_,
     check_weight_stage,
     count_kept,
-    find_weights,
     magnitude_masks,
 )
 
