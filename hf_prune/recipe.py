@@ -330,6 +330,8 @@ class Recipe(_Model):
     """Seed of everything random."""
     stages: tuple[Stage, ...]
     """What happens, in this order."""
+    standalone: bool = False
+    """Save a module beside the weights: it loads without hf_prune, by `trust_remote_code=True`."""
 
     @model_validator(mode="after")
     def _order(self) -> "Recipe":
