@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError, NumericsError, PlanError
-from hf_prune.recipe import Prune, count_to_remove, did_you_mean
+from hf_prune.recipe import count_to_remove, did_you_mean
 from hf_prune.weights.patterns import Pattern, keep
 
 Masks = dict[str, Tensor]
@@ -58,9 +58,7 @@ def magnitude_masks(
 
 
 WEIGHT_SOLVERS = ("global", "uniform")
-"""Solvers that stages of single weights can name."""
-WEIGHT_CRITERIA = ("magnitude",)
-"""Criteria that stages of single weights can name."""
+"""Solvers that `magnitude_masks` can name."""
 
 
 @torch.no_grad()
@@ -84,17 +82,3 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def count_kept(masks: Mapping[str, Tensor]) -> dict[str, int]:
     """How many entries stay, by name."""
     return {name: int(mask.sum()) for name, mask in masks.items()}
-
-
-def check_weight_stage(stage: Prune) -> None:
-    """Refuse a criterion or solver that single weights do not have.
-
-    Raises:
-        ConfigError: with the closest name, and all the names there are.
-    """
-    for kind, name, known in (
-        ("criterion", stage.criterion, WEIGHT_CRITERIA),
-        ("solver", stage.solver, WEIGHT_SOLVERS),
-    ):
-        if name not in known:
-            raise ConfigError(f"unknown {kind} {name!r} for weights{did_you_mean(name, known)}")
