@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -44,19 +44,38 @@ class _Model(BaseModel):
 class Schedule(_Model):
     """How sparsity grows while a model trains."""
 
-    kind: Literal["cubic"] = "cubic"
-    """`cubic`: fast at first, slow at the end (Zhu and Gupta 2017, arXiv:1710.01878)."""
+    kind: Literal["one_shot", "linear", "cubic", "exponential", "step"] = "cubic"
+    """`cubic`: fast at first, slow at the end (Zhu and Gupta 2017, arXiv:1710.01878); `exponential`
+    likewise; `step`: in equal steps; `one_shot`: all at the first decision."""
     start: float = Field(default=0.0, ge=0, lt=1)
-    """When masks begin to close, as a fraction of all training steps."""
+    """When masks begin to close, as a fraction of all training steps: before it is warm-up."""
     end: float = Field(default=0.6, gt=0, le=1)
-    """When the full sparsity is reached, as a fraction of all training steps."""
+    """When the full sparsity is reached, as a fraction of all steps: after it is cool-down."""
     every: int = Field(default=20, ge=1)
-    """Optimizer steps between two decisions."""
+    """Optimizer steps (or epochs, see `per`) between two decisions."""
+    per: Literal["steps", "epochs"] = "steps"
+    """What `every` counts."""
+    levels: int = Field(default=4, ge=1)
+    """Of `step`: into how many equal steps the way is cut."""
+    rate: float = Field(default=3.0, gt=0)
+    """Of `exponential`: how much faster the start is; `exp(rate)` times the end."""
+    regrow: bool = False
+    """Whether heads and neurons that went can come back: closed gates are scored too."""
+    rewind: bool = False
+    """At the full sparsity, put the weights that stay back to what they were when masks began to
+    close (arXiv:1803.03635, 1903.01611)."""
+    stop_metric: str | None = None
+    """A metric of evaluation, without `eval_`. Once it is below `stop_below` nothing more goes, and
+    the last plan that was good enough comes back. Heads and neurons only."""
+    stop_below: float | None = None
+    """See `stop_metric`."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Schedule":
         if self.start >= self.end:
             raise ValueError(f"start={self.start} must be smaller than end={self.end}")
+        if (self.stop_metric is None) != (self.stop_below is None):
+            raise ValueError("stop_metric and stop_below belong together: give both or none")
         return self
 
 
@@ -143,6 +162,39 @@ class Floor(_Model):
     """Time after which the best model so far is taken."""
 
 
+_PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
+
+
+class Weights(_Model):
+    """How single weights are chosen, and what the others become."""
+
+    pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
+    """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
+    rows x columns (`4x1`)."""
+    rank: Literal["auto", "row", "matrix"] = "auto"
+    """Which entries of a matrix are ranked together. `auto`: rows in models that generate, where
+    that was measured to be better, else the whole matrix."""
+    dense_target: bool = True
+    """Fit to what the dense network computed from its own inputs, so that what earlier layers lost
+    is repaired too."""
+    targets: tuple[str, ...] = ()
+    """Shell patterns of the parameters, modules or classes to prune; all linear layers,
+    convolutions, recurrent matrices and packed experts, if none is given."""
+    embeddings: bool = False
+    """Prune embeddings too, and what shares their matrix; by magnitude."""
+    iterations: int = Field(default=12, ge=0)
+    """Iterations of `admm`."""
+    penalty: float = Field(default=0.5, gt=0)
+    """Penalty of `admm`, where every input has mean square one."""
+    refit_steps: int = Field(default=10, ge=1)
+    """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
+
+
+def _default_of(structure: str, *, weights: str) -> Callable[[dict[str, Any]], str]:
+    """The default of a field for heads and neurons, and that for single weights."""
+    return lambda data: weights if data.get("units") == ("weights",) else structure
+
+
 class Prune(_Model):
     """What to remove, and how much."""
 
@@ -150,15 +202,20 @@ class Prune(_Model):
     """Tells this stage from the others."""
     units: tuple[Unit, ...] = ("heads", "neurons")
     """What may go: `heads` and `neurons` are really removed, single `weights` become zero."""
-    criterion: str = "kfac_obs"
-    """A key of `hf_prune.criteria.CRITERIA`."""
-    solver: str = "knapsack"
-    """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (ranks within each matrix)
-    or `global`."""
+    criterion: str = Field(default_factory=_default_of("kfac_obs", weights="admm"))
+    """A key of `hf_prune.criteria.CRITERIA`. For weights: one of
+    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, and for weights `admm`."""
+    solver: str = Field(default_factory=_default_of("knapsack", weights="uniform"))
+    """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (the same share of each
+    matrix), `global` (one ranking), `outliers`, or `knapsack` (by layer errors). If not given,
+    `knapsack`, and for weights `uniform`."""
     cost: Literal["parameters", "macs"] = "parameters"
     """What `sparsity` counts. MACs are those of one sequence of `sequence_length` tokens."""
     sparsity: float | None = None
-    """Fraction to remove, in [0, 1). Either this or `target`."""
+    """Fraction to remove, in [0, 1). Either this or `target`; a pattern such as 2:4 says it by
+    itself."""
+    weights: Weights | None = None
+    """More about a stage of single weights."""
     target: Target | None = None
     """What the model may cost afterwards. Either this or `sparsity`."""
     floor: Floor | None = None
@@ -191,6 +248,14 @@ class Prune(_Model):
     85 % sparsity on."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
+    masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"
+    """With a schedule: `scored` by the criterion; or learned: `movement` (the best scores stay) and
+    `soft_movement` (scores above a threshold stay; arXiv:2005.07683), or `l0` (hard-concrete gates,
+    arXiv:1712.01312, held to the target by a Lagrangian, arXiv:2204.00408)."""
+    mask_learning_rate: float = Field(default=0.1, gt=0)
+    """Of learned masks and, for `l0`, of the multipliers."""
+    mask_penalty: float = Field(default=1.0, ge=0)
+    """Of `soft_movement`: weight of the mean open gate in the loss, reached with the sparsity."""
 
     @field_validator("sparsity")
     @classmethod
@@ -219,13 +284,28 @@ class Prune(_Model):
 
     @model_validator(mode="after")
     def _one_goal(self) -> "Prune":
-        if (self.sparsity is None) == (self.target is None):
+        if self.weights is not None and self.structural:
+            raise ValueError("weights: is for a stage of single weights, units: [weights]")
+        implied = self._implied
+        if implied is not None and self.sparsity not in (None, implied):
+            raise ValueError(
+                f"pattern {self.single.pattern} removes {implied:g} of the weights: leave sparsity "
+                "out, or write that"
+            )
+        if implied is None and (self.sparsity is None) == (self.target is None):
             raise ValueError("give either sparsity or target")
         if self.target is not None and (self.schedule is not None or not self.structural):
             raise ValueError(
                 "target is for heads and neurons in one shot: give sparsity to single weights and "
                 "to a stage with a schedule"
             )
+        gradual = self.schedule
+        if self.masks != "scored" and (gradual is None or not self.structural):
+            raise ValueError("learned masks are for heads and neurons, and need a schedule")
+        if gradual and gradual.stop_metric and self.masks == "l0":
+            raise ValueError("stop_metric needs masks that are decided step by step, not l0")
+        if gradual and not self.structural and (gradual.regrow or gradual.stop_metric):
+            raise ValueError("regrow and stop_metric are for heads and neurons")
         if self.floor is not None and (self.schedule is not None or not self.structural):
             raise ValueError("floor is for heads and neurons in one shot")
         return self
@@ -237,9 +317,21 @@ class Prune(_Model):
         Raises:
             ConfigError: when it has a target instead.
         """
-        if self.sparsity is None:
+        sparsity = self.sparsity if self._implied is None else self._implied
+        if sparsity is None:
             raise ConfigError("this stage has a target and no sparsity.")
-        return self.sparsity
+        return sparsity
+
+    @property
+    def single(self) -> Weights:
+        """How single weights are pruned: what is given, or the defaults."""
+        return self.weights or Weights()
+
+    @property
+    def _implied(self) -> float | None:
+        """The sparsity that an n:m pattern has by itself."""
+        kept, colon, of = self.single.pattern.partition(":")
+        return 1 - int(kept) / int(of) if colon and int(kept) < int(of) else None
 
     @property
     def structural(self) -> bool:
@@ -273,6 +365,49 @@ class Distill(Train):
     """Softens both distributions (Hinton et al. 2015, arXiv:1503.02531)."""
     alpha: float = Field(default=0.9, ge=0, le=1)
     """Share of the distillation loss; the rest is the loss of the labels."""
+    alpha_end: float | None = Field(default=None, ge=0, le=1)
+    """Share at the end of the stage, reached in a straight line; None: `alpha` throughout."""
+    logits: float = Field(default=1.0, ge=0)
+    """Weight of the divergence between logits, within the distillation loss."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Weight of the distance of hidden states, through a projection that is learned."""
+    embeddings: float = Field(default=0.0, ge=0)
+    """Weight of the distance of the embeddings, through a projection that is learned."""
+    attention: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of attention maps."""
+    relations: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of relations between tokens (arXiv:2002.10957, 2012.15828)."""
+    relation_of: tuple[Literal["queries", "keys", "values"], ...] = ("values",)
+    """What relations are of."""
+    relation_heads: int = Field(default=12, ge=1)
+    """Heads into which the width is split anew for relations."""
+    layers: Literal["uniform", "last", "closest", "ordered"] = "uniform"
+    """Which layer teaches which: at equal distances, the last alone, the closest of each batch, or
+    the best assignment in order, found once on the first batch."""
+    projection_learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the projections."""
+    teacher: str | None = None
+    """Hub name or folder of another teacher; None: the dense model."""
+    teacher_logits: str | None = None
+    """File with the logits of the teacher, which then need not run."""
+
+    @property
+    def inner(self) -> bool:
+        """Whether layers are compared, and not the logits alone."""
+        return bool(self.hidden or self.embeddings or self.attention or self.relations)
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Distill":
+        if (self.alpha or self.alpha_end) and not (self.logits or self.inner):
+            raise ValueError("all distillation weights are 0: set at least one, or alpha to 0")
+        if self.teacher_logits is not None and (self.inner or self.teacher is not None):
+            raise ValueError(
+                "teacher_logits holds logits only: set hidden, embeddings, attention and relations "
+                "to 0, and no teacher"
+            )
+        if self.relations and len(set(self.relation_of)) != max(len(self.relation_of), 1):
+            raise ValueError("relation_of must name each part once, and at least one of them")
+        return self
 
 
 Stage = Annotated[Union[Prune, Train, Distill], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
@@ -414,7 +549,8 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return [name for model in models for name in model.model_fields]
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """What is wrong with plain data: one line for each mistake, with its place."""
     lines = []
     for item in error.errors(include_url=False):
         location = item["loc"]
@@ -460,7 +596,7 @@ def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -
     try:
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise ConfigError(f"{name}: {_explain(error)}") from error
+        raise ConfigError(f"{name}: {explain(error)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: only plain values are allowed ({error}).") from error
 

@@ -59,6 +59,7 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Train
 from hf_prune.report.result import measure_stage, new_report
 from hf_prune.report.table import report_table
+from hf_prune.training.distill import distill_fields
 
 logger = logging.getLogger("prune_bert")
 RECIPE = Path(__file__).parent.parent / "recipes" / "bert" / "speedup-2x.yaml"
@@ -221,12 +222,29 @@ class Job:
             metric.add_batch(predictions=predictions.tolist(), references=batch["labels"].tolist())
         return {key: float(value) for key, value in metric.compute().items()}
 
+    def teacher(self, stage: Distill) -> PreTrainedModel | str:
+        """Who teaches in a stage: the dense model, another checkpoint, or a file of logits."""
+        if stage.teacher_logits is not None:
+            return stage.teacher_logits
+        if stage.teacher is None:
+            if self.dense is None:
+                raise DataError("a distill stage before the first prune stage must name a teacher.")
+            return self.dense
+        names = dict(self.model.config.id2label or {})
+        found: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            stage.teacher,
+            num_labels=len(names),
+            id2label=names,
+            label2id=self.model.config.label2id,
+        )
+        return found
+
     def train(self, stage: Train, prune: Prune | None, title: str) -> None:
         """Train the current model, with a teacher, a schedule or masks where the recipe says so."""
         callbacks: list[TrainerCallback] = []
         gradual = None
-        if isinstance(stage, Distill) and self.dense is not None:
-            callbacks.append(DistillCallback(self.dense, stage.temperature, stage.alpha))
+        if isinstance(stage, Distill):
+            callbacks.append(DistillCallback(self.teacher(stage), **distill_fields(stage)))
         if prune is not None:
             gradual = PruneCallback(Recipe(seed=self.recipe.seed, stages=(prune, stage)))
             callbacks.append(gradual)

@@ -1,56 +1,48 @@
 """`DistillCallback`: the dense model teaches the pruned one, inside any Trainer."""
 
+import os
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_prune.errors import ConfigError
-from hf_prune.statistics.batches import counted_positions
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.recipe import Distill, Train, explain
+from hf_prune.statistics.batches import counted_positions, main_input, token_mask
+from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.training.losses import distillation_loss
+from hf_prune.training.projection import Projections
+from hf_prune.training.state import checkpoint_of, read_state, write_state
+from hf_prune.training.taps import attach_taps, check_plain_attention, real_tokens
+from hf_prune.training.teacher import CachedLogits, check_teacher, teacher_inputs
+from hf_prune.training.terms import InnerTerms
 
-_NOT_FOR_THE_TEACHER = ("labels", "num_items_in_batch", "use_cache")
+PART = "distill"
+"""Name of the state beside a checkpoint."""
 
 
-def distillation_loss(
-    student: Tensor, teacher: Tensor, temperature: float, counted: Tensor | None = None
-) -> Tensor:
-    """How far the student's distribution is from the teacher's.
+def _stage(fields: dict[str, Any]) -> Distill:
+    try:
+        return Distill(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"DistillCallback: {explain(error)}") from error
 
-    `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, mean over examples (over counted
-    tokens).
 
-    Args:
-        student: logits, `[B, C]` or `[B, T, C]`.
-        teacher: logits of the same shape.
-        temperature: `T`. The square keeps gradients of the same size for every `T`.
-        counted: `[B, T]`, True where a token counts; for logits `[B, T, C]`.
+def distill_fields(stage: Distill) -> dict[str, Any]:
+    """The fields of a stage that are about the teacher: what `DistillCallback` takes."""
+    return stage.model_dump(exclude={*Train.model_fields, "teacher", "teacher_logits"})
 
-    Returns:
-        A scalar, in nats.
 
-    Source: Hinton et al. 2015, arXiv:1503.02531.
+def honours_items(model: PreTrainedModel) -> bool:
+    """Whether the model's loss is a sum over tokens divided by `num_items_in_batch`.
+
+    That is what causal language models do; other heads take a mean whatever they are told.
     """
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
-    if counted is not None:
-        divergence = divergence[counted]
-    return divergence.mean() * temperature**2
-
-
-def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a teacher that speaks of other classes or tokens.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    for name in ("num_labels", "vocab_size"):
-        ours, theirs = getattr(student.config, name, None), getattr(teacher.config, name, None)
-        if ours != theirs:
-            raise ConfigError(f"{name} is {ours} in the student and {theirs} in the teacher.")
+    causal = model.get_output_embeddings() is not None
+    return causal and not type(model).__name__.endswith("ForMaskedLM")
 
 
 class DistillCallback(TrainerCallback):
@@ -58,51 +50,187 @@ class DistillCallback(TrainerCallback):
 
     The loss becomes `alpha * distillation + (1 - alpha) * labels`, in training only; evaluation
     reports the loss of the labels. The teacher runs in eval mode, without gradients, on the
-    student's device.
+    student's device. The student may be pruned: fewer heads, other widths in every layer. In causal
+    language models all terms weigh tokens as the loss of the labels does, so that gradient
+    accumulation changes nothing.
 
     Args:
-        teacher: the dense model. It is not changed and not saved.
+        teacher: the dense model, any other with the same classes and tokens, or the path of a file
+            that `cache_logits` wrote. It is not changed and not saved.
         temperature: softens both distributions.
         alpha: share of the distillation, in [0, 1].
+        resume_from: folder of the checkpoint, when training resumes from another output folder.
+        fields: further fields of `hf_prune.recipe.Distill`, such as `hidden=1.0`.
 
     Raises:
-        ConfigError: when a number is out of range, or the teacher has other labels or tokens.
+        ConfigError: when a field is not valid, or the teacher has other labels or tokens.
     """
 
     def __init__(
-        self, teacher: PreTrainedModel, temperature: float = 2.0, alpha: float = 0.9
+        self,
+        teacher: "PreTrainedModel | str | os.PathLike[str]",
+        temperature: float = 2.0,
+        alpha: float = 0.9,
+        *,
+        resume_from: "str | os.PathLike[str] | None" = None,
+        **fields: Any,
     ) -> None:
-        if not temperature > 0 or not 0 <= alpha <= 1:
-            raise ConfigError(f"temperature={temperature} must be > 0, alpha={alpha} in [0, 1].")
-        self.teacher = teacher
-        self.temperature = temperature
-        self.alpha = alpha
+        self.stage = _stage({"temperature": temperature, "alpha": alpha, **fields})
+        self.teacher = teacher if isinstance(teacher, PreTrainedModel) else CachedLogits(teacher)
+        if isinstance(self.teacher, CachedLogits) and self.stage.inner:
+            raise ConfigError("cached logits cannot teach hidden, embeddings, attention, relations")
+        self.resume_from = resume_from
+        self.alpha = self.stage.alpha
+        self.inner: InnerTerms | None = None
         self.handle: RemovableHandle | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.passes = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the teacher to the student's loss."""
-        student = kwargs["model"]
-        check_teacher(student, self.teacher)
-        self.teacher.to(student.device).eval()
-        self.handle = student.register_forward_hook(self._add_loss, with_kwargs=True)
+        self._attach(kwargs["model"])
+        if state is not None and state.global_step > 0:
+            self._resume(checkpoint_of(args, state, self.resume_from))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the share of the distillation."""
+        if self.stage.alpha_end is not None:
+            progress = state.global_step / max(state.max_steps - 1, 1)
+            self.alpha = self.stage.alpha + progress * (self.stage.alpha_end - self.stage.alpha)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the projections learn."""
+        if self.inner is not None:
+            self.inner.projections.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add each term's mean since the last log."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs and self.passes:
+            self._log(logs, state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what the projections have learned."""
+        if state.is_world_process_zero:
+            tensors = self.inner.projections.state() if self.inner is not None else {}
+            pairs = self.inner.pairs if self.inner is not None else None
+            write_state(checkpoint_of(args, state, None), PART, {"pairs": pairs}, tensors)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the student go."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
+        if self.inner is not None:
+            self.inner.student.remove()
+            self.inner.teacher.remove()
+            self.inner = None
+
+    def _attach(self, student: PreTrainedModel) -> None:
+        if isinstance(self.teacher, CachedLogits):
+            self.teacher.check(student)
+        else:
+            check_teacher(student, self.teacher)
+            torch.nn.Module.to(self.teacher, student.device).eval()
+            if self.stage.inner:
+                self.inner = self._inner(student, self.teacher)
+        self.sums, self.passes = {}, 0
+        self.handle = student.register_forward_hook(self._add_loss, with_kwargs=True)
+
+    def _inner(self, student: PreTrainedModel, teacher: PreTrainedModel) -> InnerTerms:
+        stage = self.stage
+        if stage.attention:
+            check_plain_attention(student)
+            check_plain_attention(teacher)
+        searches = stage.layers in ("closest", "ordered")
+        hidden = bool(stage.hidden or stage.embeddings or searches)
+        attention = bool(stage.attention or stage.relations)
+        ours = attach_taps(student, hidden=hidden, attention=attention, training_only=True)
+        theirs = attach_taps(teacher, hidden=hidden, attention=attention)
+        width = (int(student.config.hidden_size), int(teacher.config.hidden_size))
+        needed = {"hidden": bool(stage.hidden or searches), "embeddings": bool(stage.embeddings)}
+        widths = {name: width for name, wanted in needed.items() if wanted}
+        rate = stage.projection_learning_rate
+        return InnerTerms(stage, ours, theirs, Projections(widths, rate, student.device))
+
+    def _resume(self, checkpoint: Any) -> None:
+        data, tensors = read_state(checkpoint, PART)
+        if self.inner is None:
+            return
+        try:
+            self.inner.projections.load(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{checkpoint}: the projections there are of another distillation: {error}"
+            ) from error
+        pairs = data["pairs"]
+        self.inner.pairs = None if pairs is None else tuple((i, j) for i, j in pairs)
+
+    def _log(self, logs: dict[str, float], state: Any) -> None:
+        world = sum_over_processes(torch.ones(1, device=next(iter(self.sums.values())).device))
+        found = {}
+        for name, value in sorted(self.sums.items()):
+            mean = sum_over_processes(value) / world / self.passes
+            found[f"distill/{name}"] = round(float(mean), 6)
+        found["distill/alpha"] = self.alpha
+        logs.update(found)
+        state.log_history[-1].update(found)
+        self.sums, self.passes = {}, 0
+
+    def _teacher_logits(
+        self, student: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor
+    ) -> Tensor:
+        with torch.no_grad():
+            if isinstance(self.teacher, CachedLogits):
+                mask = token_mask(student, kwargs)
+                return self.teacher(main_input(student, kwargs), mask, like)
+            logits: Tensor = self.teacher(*args, **teacher_inputs(kwargs)).logits
+            return logits
 
     def _add_loss(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not module.training or output.loss is None:
+        if not module.training or (output.get("loss") is None and self.alpha < 1):
             return output
-        inputs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_THE_TEACHER}
-        with torch.no_grad():
-            teacher = self.teacher(*args, **inputs).logits
+        labels = kwargs.get("labels")
+        teacher = self._teacher_logits(module, args, kwargs, output.logits)
+        items = kwargs.get("num_items_in_batch") if honours_items(module) else None
         counted = None
         if output.logits.ndim == 3:
-            counted = counted_positions(module, kwargs["labels"])
-        distilled = distillation_loss(output.logits, teacher, self.temperature, counted)
-        output["loss"] = (1 - self.alpha) * output.loss + self.alpha * distilled
+            counted = (
+                counted_positions(module, labels)
+                if labels is not None
+                else real_tokens(kwargs, output.logits)
+            )
+        terms = {}
+        stage = self.stage
+        if stage.logits:
+            terms["logits"] = distillation_loss(
+                output.logits, teacher, stage.temperature, counted, items
+            )
+        if self.inner is not None:
+            share = 1.0 if items is None or counted is None else counted.sum() / items
+            mask = real_tokens(kwargs, output.logits if output.logits.ndim == 3 else self._like())
+            terms |= {name: value * share for name, value in self.inner(mask).items()}
+            self.inner.student.clear()
+            self.inner.teacher.clear()
+        self._mix(output, terms)
         return output
+
+    def _like(self) -> Tensor:
+        assert self.inner is not None  # noqa: S101  # only called when layers are compared
+        taps = self.inner.student
+        recorded = [*taps.hidden.values(), *taps.parts.values()]
+        return recorded[0]
+
+    def _mix(self, output: Any, terms: dict[str, Tensor]) -> None:
+        """Put the mixed loss into the output, and note its parts."""
+        weighted = [getattr(self.stage, name) * value for name, value in terms.items()]
+        # Without labels nothing else reaches the logits, and DDP waits for every gradient.
+        labels = output.logits.sum() * 0.0 if output.get("loss") is None else output.loss
+        distilled = torch.stack(weighted).sum() if weighted else labels * 0.0
+        output["loss"] = (1 - self.alpha) * labels + self.alpha * distilled
+        for name, value in {**terms, "labels": labels}.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.passes += 1

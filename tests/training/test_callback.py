@@ -14,7 +14,8 @@ from transformers import (
 
 from hf_prune import DistillCallback, KeepZeros, PruneCallback, remove_units, save_model
 from hf_prune.errors import ConfigError
-from hf_prune.weights import find_weights, magnitude_masks
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import magnitude_masks
 
 SCHEDULE = {"kind": "cubic", "start": 0.0, "end": 0.6, "every": 2}
 
@@ -183,13 +184,6 @@ def test_training_that_stops_right_after_a_decision_still_ends_small(tiny, tmp_p
     callback = PruneCallback(recipe())  # decides at steps 2, 4 and 6
     trainer(tiny("bert"), tmp_path, callback, Stop()).train()
     assert callback.selection.met
-
-
-def test_best_model_is_refused(tiny, tmp_path):
-    job = trainer(tiny("bert"), tmp_path, PruneCallback(recipe()))
-    job.args.load_best_model_at_end = True
-    with pytest.raises(ConfigError, match="load_best_model_at_end would bring back"):
-        job.train()
 
 
 def test_a_teacher_of_other_classes_is_refused(tiny, tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hf_prune.errors import ConfigError
-from hf_prune.training.distill import DistillCallback, check_teacher, distillation_loss
+from hf_prune.training.distill import DistillCallback
+from hf_prune.training.losses import distillation_loss
+from hf_prune.training.teacher import check_teacher
 
 
 def softmax(values, temperature):
@@ -65,11 +67,24 @@ def test_half_precision_is_summed_in_float32():
     assert found.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("temperature", "alpha"), [(0, 0.5), (-1, 0.5), (2, 1.5), (2, -0.1)])
-def test_numbers_out_of_range(tiny, temperature, alpha):
-    text = rf"temperature={temperature} must be > 0, alpha={alpha} in \[0, 1\]"
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"temperature": 0.0}, "temperature: Input should be greater than 0"),
+        ({"alpha": 1.5}, "alpha: Input should be less than or equal to 1"),
+        ({"alpha": -0.1}, "alpha: Input should be greater than or equal to 0"),
+        ({"logits": 0.0}, "all distillation weights are 0"),
+        ({"relations": 1.0, "relation_of": ()}, "relation_of must name each part once"),
+        (
+            {"layers": "nearest"},
+            "layers: Input should be 'uniform', 'last', 'closest' or 'ordered'",
+        ),
+        ({"hiden": 1.0}, "hiden: unknown key"),
+    ],
+)
+def test_fields_that_are_not_valid(tiny, fields, text):
     with pytest.raises(ConfigError, match=text):
-        DistillCallback(tiny("bert"), temperature, alpha)
+        DistillCallback(tiny("bert"), **fields)
 
 
 def test_another_teacher(tiny):
@@ -81,6 +96,17 @@ def test_another_teacher(tiny):
     teacher = tiny("roberta")
     teacher.config.vocab_size = 98
     with pytest.raises(ConfigError, match="vocab_size is 99 in the student and 98 in the teacher"):
+        check_teacher(student, teacher)
+
+
+def test_a_teacher_whose_classes_are_in_another_order_is_refused(tiny):
+    student, teacher = tiny("bert"), tiny("bert")
+    student.config.id2label = {0: "no", 1: "yes", 2: "maybe"}
+    check_teacher(student, teacher)  # LABEL_0 and so on say nothing
+    teacher.config.id2label = {0: "yes", 1: "no", 2: "maybe"}
+    with pytest.raises(
+        ConfigError, match="class 0 is 'no' in the student and 'yes' in the teacher"
+    ):
         check_teacher(student, teacher)
 
 

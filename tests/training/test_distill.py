@@ -1,0 +1,248 @@
+"""Teaching what is inside: layers, attention, relations; in any Trainer, to any student."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from hf_prune import DistillCallback, cache_logits, remove_units
+from hf_prune.errors import CheckpointError, ConfigError, DataError
+from hf_prune.statistics.batches import counted_positions
+from hf_prune.training.losses import attention_maps, distillation_loss
+from hf_prune.training.taps import attach_taps
+
+ALL = {"hidden": 1.0, "embeddings": 1.0, "attention": 1.0, "relations": 1.0, "relation_heads": 4}
+
+
+def still(model):
+    """Without dropout, so that figures can be compared."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def rows(name, inputs_for, count=16):
+    lengths = tuple(5 + index % 4 for index in range(count))
+    batch = inputs_for(name, lengths=lengths)
+    return Dataset.from_dict({key: value.tolist() for key, value in batch.items()})
+
+
+def trainer(model, data, folder, *callbacks, **options):
+    arguments = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+        "learning_rate": 2e-3,
+        "logging_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    job = TrainingArguments(folder, **arguments)
+    return Trainer(model, job, train_dataset=data, callbacks=list(callbacks))
+
+
+def small():
+    """Another depth and width than the tiny BERT's."""
+    torch.manual_seed(3)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=99,
+            hidden_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=3,
+            intermediate_size=16,
+            max_position_embeddings=140,
+            num_labels=3,
+        )
+    )
+
+
+@pytest.mark.parametrize("layers", ["uniform", "last", "closest", "ordered"])
+def test_a_pruned_student_comes_closer_in_every_term(
+    tiny, inputs_for, uneven_plan, tmp_path, layers
+):
+    teacher = tiny("bert")
+    student = still(copy.deepcopy(teacher))
+    remove_units(student, uneven_plan(student))
+    callback = DistillCallback(teacher, alpha=1.0, layers=layers, **ALL)
+    job = trainer(student, rows("bert", inputs_for), tmp_path, callback, max_steps=24)
+    job.train()
+    logs = [entry for entry in job.state.log_history if "distill/logits" in entry]
+    for name in ("logits", "hidden", "attention", "relations"):
+        assert logs[-1][f"distill/{name}"] < 0.9 * logs[0][f"distill/{name}"], name
+    assert logs[-1]["distill/embeddings"] < 0.01  # the pruned student starts from the same table
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_student_of_other_depth_and_width(tiny, inputs_for, tmp_path):
+    student = still(small())
+    names = set(student.state_dict())
+    callback = DistillCallback(tiny("bert"), alpha=1.0, logits=0.0, **ALL)
+    job = trainer(student, rows("bert", inputs_for), tmp_path, callback, max_steps=24)
+    seen = {}
+
+    class Look(DistillCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.update(self.inner.projections.weights)
+            super().on_train_end(args, state, control, **kwargs)
+
+    callback.__class__ = Look
+    job.train()
+    logs = [entry for entry in job.state.log_history if "distill/hidden" in entry]
+    assert logs[-1]["distill/hidden"] < logs[0]["distill/hidden"]
+    assert "distill/logits" not in logs[0]
+    assert {name: tuple(w.shape) for name, w in seen.items()} == {
+        "hidden": (32, 12),
+        "embeddings": (32, 12),
+    }
+    assert set(student.state_dict()) == names, "projections are not saved with the model"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_accumulation_changes_nothing_in_a_language_model(tiny, inputs_for, tmp_path, name):
+    """Rows of unlike length: a mean over micro-batches would weigh their tokens unlike."""
+    teacher = tiny(name)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.05)
+    data = rows(name, inputs_for)
+    found = []
+    for steps in (1, 4):
+        student = still(tiny(name))
+        callback = DistillCallback(teacher, alpha=0.7, hidden=0.5, relations=1.0)
+        options = {
+            "per_device_train_batch_size": 8 // steps,
+            "gradient_accumulation_steps": steps,
+            "max_steps": 3,
+            "logging_steps": 1,
+        }
+        job = trainer(student, data, tmp_path, callback, **options)
+        job.train()
+        found.append([entry["loss"] for entry in job.state.log_history if "loss" in entry])
+    assert len(found[0]) == 3
+    # hidden states weigh by the tokens of their micro-batch: equal but for which ones count
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), atol=0, rtol=2e-2)
+
+
+def test_logits_of_a_language_model_are_exact_under_accumulation(tiny, inputs_for):
+    student, teacher = still(tiny("gpt2")).train(), tiny("gpt2")
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    batch = inputs_for("gpt2")
+    items = int(counted_positions(student, batch["labels"]).sum())
+    callback = DistillCallback(teacher, alpha=1.0)
+    callback.on_train_begin(None, None, None, model=student)
+    whole = student(**batch, num_items_in_batch=items).loss
+    parts = [
+        student(**{k: v[i : i + 1] for k, v in batch.items()}, num_items_in_batch=items).loss
+        for i in range(len(batch["labels"]))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_evaluation_sees_the_labels_alone_and_records_nothing(tiny, inputs_for):
+    student, teacher, batch = tiny("bert"), tiny("bert"), inputs_for("bert")
+    plain = student(**batch).loss
+    callback = DistillCallback(teacher, **ALL)
+    callback.on_train_begin(None, None, None, model=student)
+    torch.testing.assert_close(student.eval()(**batch).loss, plain)
+    assert not callback.inner.student.hidden
+    assert not callback.inner.student.parts
+
+
+def test_without_labels_the_teacher_is_enough(tiny, inputs_for):
+    student, teacher, batch = still(tiny("bert")).train(), tiny("electra"), inputs_for("bert")
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    callback = DistillCallback(teacher, 2.0, 1.0)
+    callback.on_train_begin(None, None, None, model=student)
+    output = student(**inputs)
+    with torch.no_grad():
+        expected = distillation_loss(output.logits, teacher(**inputs).logits, 2.0)
+    torch.testing.assert_close(output["loss"].detach(), expected)
+
+
+def test_alpha_moves_in_a_straight_line(tiny, inputs_for, tmp_path):
+    callback = DistillCallback(tiny("bert"), alpha=1.0, alpha_end=0.2)
+    job = trainer(
+        tiny("bert"), rows("bert", inputs_for), tmp_path, callback, max_steps=5, logging_steps=1
+    )
+    job.train()
+    found = [e["distill/alpha"] for e in job.state.log_history if "distill/alpha" in e]
+    assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_cached_logits_are_those_of_the_teacher(tiny, inputs_for, tmp_path, name):
+    teacher, batch = tiny(name), inputs_for(name)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    halves = [{k: v[rows] for k, v in inputs.items()} for rows in (slice(0, 3), slice(3, 4))]
+    path = tmp_path / "logits.safetensors"
+    assert cache_logits(teacher, halves, path) == 4
+    turned = {key: value.flip(0) for key, value in batch.items()}  # another order
+    losses = []
+    for source in (teacher, path):
+        student = still(tiny(name)).train()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(0.9)
+        callback = DistillCallback(source, alpha=1.0)
+        callback.on_train_begin(None, None, None, model=student)
+        losses.append(student(**turned).loss.detach())
+    torch.testing.assert_close(losses[1], losses[0])
+    assert losses[0] > 1e-3
+    with pytest.raises(DataError, match=r"row 0 of a batch is not in .*logits\.safetensors"):
+        student(**inputs_for(name, seed=5))
+
+
+def test_caches_that_do_not_fit(tiny, inputs_for, tmp_path):
+    path = tmp_path / "logits.safetensors"
+    with pytest.raises(DataError, match="nothing to cache"):
+        cache_logits(tiny("bert"), [], path)
+    cache_logits(tiny("bert"), [inputs_for("bert")], path)
+    with pytest.raises(ConfigError, match="cached logits cannot teach hidden"):
+        DistillCallback(path, hidden=1.0)
+    with pytest.raises(ConfigError, match=r"the student has 99 classes, .* has 3"):
+        DistillCallback(path).on_train_begin(None, None, None, model=tiny("gpt2"))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"logits\.safetensors"):
+        DistillCallback(path)
+
+
+def test_what_cannot_be_compared_is_refused(tiny):
+    teacher = tiny("llama")
+    with pytest.raises(ConfigError, match=r"attention maps of 'llama' also depend on positions"):
+        DistillCallback(teacher, attention=1.0).on_train_begin(
+            None, None, None, model=tiny("llama")
+        )
+    student = tiny("bert")
+    student.bert.encoder.gradient_checkpointing = True
+    with pytest.raises(ConfigError, match="gradient checkpointing hides the layers"):
+        DistillCallback(tiny("bert"), hidden=1.0).on_train_begin(None, None, None, model=student)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2"])
+def test_recomputed_attention_maps_are_those_of_the_model(tiny, inputs_for, name):
+    model, batch = tiny(name, "eager"), inputs_for(name)
+    taps = attach_taps(model, hidden=True, attention=True)
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    mask = batch["attention_mask"].bool()
+    for layer, expected in enumerate(output.attentions):
+        queries, keys = taps.heads(layer, "queries"), taps.heads(layer, "keys")
+        found = attention_maps(queries, keys, mask, causal=taps.causal).exp()
+        real = mask[:, None, :, None].expand_as(found)  # rows of padding say nothing
+        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=0)
+    for layer in range(taps.layers):
+        torch.testing.assert_close(taps.hidden[layer], output.hidden_states[layer])
