@@ -287,7 +287,9 @@ def _attention_slices(
 def _head_site(root: nn.Module, place: _Place, spec: Attention) -> Site | None:
     block = join(place.name, spec.path)
     core = join(block, spec.core)
-    head_dim = int(getattr(get_module(root, core), spec.head_dim))
+    head_dim = spec.head_dim
+    if isinstance(head_dim, str):
+        head_dim = int(getattr(get_module(root, core), head_dim))
     out = join(block, spec.out)
     queries = int(logical_weight(projection(root, out)).shape[1])
     if not queries:  # no head is left

@@ -22,8 +22,9 @@ class Attention:
     sum: str
     """From the layer to the module that gets the sum of residual and output; "" = layer's end. A
     block whose output passes a norm of its own before it is added names that norm."""
-    head_dim: str
-    """Attribute of `core` with the width of one head."""
+    head_dim: str | int
+    """Attribute of `core` with the width of one head; or, in the description of one model, that
+    width."""
     q: str = ""
     k: str = ""
     v: str = ""
