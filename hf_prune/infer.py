@@ -256,8 +256,8 @@ def _attentions(trace: _Trace, block: _Block, heads: int, total: str) -> Iterato
     dims = [n for n in _integers(module, head_dim) if "head" in n or "dim" in n]
     kv = keys // head_dim
     attributes = {
-        _COUNT: _integers(module, heads),
-        _KV: _integers(module, kv) if kv != heads else (),
+        _COUNT: tuple(n for n in _integers(module, heads) if "head" in n),
+        _KV: tuple(n for n in _integers(module, kv) if "head" in n and kv != heads),
         _WIDTH: tuple(n for n in _integers(module, inner) if n not in dims),
     }
     for way, wide in itertools.product(ways, (False, True)):
