@@ -91,6 +91,23 @@ def verify(folder: Path) -> None:
 
 
 @main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that exists.")
+@_explained
+def convert(source: Path, out: Path, overwrite: bool) -> None:
+    """Write what an older tool has pruned as a model that loads: really smaller.
+
+    SOURCE is a folder of transformers 4 with pruned_heads, of CoFi, of nn_pruning, or with masks of
+    torch.nn.utils.prune.
+    """
+    from hf_prune.checkpoint.convert import convert as convert_folder
+
+    for line in convert_folder(source, out, overwrite=overwrite).found:
+        click.echo(line)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
