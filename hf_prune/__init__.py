@@ -3,6 +3,7 @@
 Importing this package registers the loader of pruned models with transformers, and nothing else.
 """
 
+from hf_prune.analysis import analyse_sensitivity
 from hf_prune.checkpoint.hook import register
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
@@ -31,6 +32,7 @@ __all__ = [
     "PruneCallback",
     "Recipe",
     "Result",
+    "analyse_sensitivity",
     "cache_logits",
     "close_gates",
     "compress",
