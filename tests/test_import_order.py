@@ -19,7 +19,7 @@ ROWS = (
     ("measure",),
     ("checkpoint", "training"),
     ("targets", "analysis"),
-    ("report", "export"),
+    ("report", "export", "search"),
     ("oneshot",),
     ("hub", "pipeline"),
     ("cli",),
