@@ -17,7 +17,7 @@ ROWS = (
     ("weights",),
     ("surgery",),
     ("measure",),
-    ("checkpoint", "training"),
+    ("checkpoint", "training", "infer"),
     ("targets", "analysis"),
     ("report", "export", "search"),
     ("oneshot",),
