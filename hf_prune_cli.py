@@ -68,7 +68,7 @@ def validate(recipe: Path) -> None:
 def inspect(folder: Path) -> None:
     """Show the widths of a pruned model, without loading its weights."""
     from hf_prune.errors import CheckpointError
-    from hf_prune.surgery.shapes import QUANT_METHOD, check_shapes
+    from hf_prune.surgery.rebuild import QUANT_METHOD, check_shapes
 
     path = folder / "config.json"
     try:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hf_prune.errors import PlanError
+from hf_prune.errors import PlanError, UnsupportedModelError
 from hf_prune.plan import Plan
-from hf_prune.sites import Site, base_model, find_sites, projection
+from hf_prune.sites import ALL_KINDS, Site, base_model, find_sites, get_module, projection
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
 
@@ -64,9 +64,73 @@ def _hook(gates: Gates, site: Site) -> Hook:
         if gate is None:
             return None
         inputs = args[0]  # [..., U * D]
-        return (inputs * ready(gate, inputs), *args[1:])
+        wide = ready(gate, inputs)
+        if wide.ndim > inputs.ndim:  # tokens of all examples in one row: [B * T, U * D]
+            by_example = inputs.unflatten(0, (wide.shape[0], -1))  # [B, T, U * D]
+            return ((by_example * wide).flatten(0, 1), *args[1:])
+        return (inputs * wide, *args[1:])
 
     return multiply
+
+
+def _flat_gate(gates: Gates, site: Site) -> Tensor | None:
+    gate = gates.values.get(site.name)
+    if gate is not None and gate.ndim > 1:
+        raise UnsupportedModelError(
+            f"{site.name}: fused experts have no gate for each example. Score them by what needs "
+            "none, such as 'magnitude' or 'random'."
+        )
+    return gate
+
+
+def _swapped(module: nn.Module, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Let a module work with a value made from its parameter; the parameter is returned."""
+    parameter = module._parameters[name]
+    assert parameter is not None  # noqa: S101  # the site was built from it
+    module._parameters[name] = make(parameter)  # type: ignore[assignment]  # until the call ends
+    return parameter
+
+
+def _neuron_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableHandle]:
+    """Fused experts have no input to gate: scale the columns of their parameter instead."""
+    name, kept = site.gate.parameter, []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        gate = _flat_gate(gates, site)
+        if gate is not None:
+            kept.append(_swapped(module, name, lambda weight: weight * gate.to(weight)))
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if kept:
+            module._parameters[name] = kept.pop()  # type: ignore[assignment]  # what it was
+
+    return [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+def _expert_gate(router: nn.Module, gates: Gates, site: Site) -> list[RemovableHandle]:
+    """A router that does not know the closed experts: it chooses among the others."""
+    kept: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        gate = _flat_gate(gates, site)
+        if gate is not None:
+            open_ = gate.nonzero().flatten()
+            kept.append(_swapped(module, "weight", lambda weight: weight[open_.to(weight.device)]))
+
+    def after(
+        module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        if not kept:
+            return None
+        module._parameters["weight"] = kept.pop()  # type: ignore[assignment]  # what it was
+        gate = gates.values[site.name]
+        chosen = output[-1]
+        return (*output[:-1], gate.nonzero().flatten().to(chosen.device)[chosen])
+
+    return [router.register_forward_pre_hook(before), router.register_forward_hook(after)]
 
 
 def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
@@ -74,8 +138,13 @@ def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
     base = base_model(model)
     gates = Gates()
     for site in sites:
-        module = projection(base, site.gate.module)
-        gates.handles.append(module.register_forward_pre_hook(_hook(gates, site)))
+        if site.kind == "expert_neurons":
+            gates.handles += _neuron_gate(get_module(base, site.gate.module), gates, site)
+        elif site.kind == "experts":
+            gates.handles += _expert_gate(get_module(base, site.core), gates, site)
+        else:
+            module = projection(base, site.gate.module)
+            gates.handles.append(module.register_forward_pre_hook(_hook(gates, site)))
     return gates
 
 
@@ -100,6 +169,11 @@ def check_plan(plan: Plan, sites: Sequence[Site], model_type: str) -> list[Site]
             )
         if not item.kept:
             raise PlanError(f"{name}: the plan keeps nothing. At least one unit must stay.")
+        if item.removed and (len(item.kept) < site.floor or len(item.kept) % site.multiple):
+            raise PlanError(
+                f"{name}: the plan keeps {len(item.kept)} {site.kind}. At least {site.floor} must "
+                f"stay, and a multiple of {site.multiple}."
+            )
     return [site for site in sites if site.name in plan.sites]
 
 
@@ -116,7 +190,7 @@ def plan_gates(plan: Plan) -> dict[str, Tensor]:
 
 def close_gates(model: PreTrainedModel, plan: Plan) -> Gates:
     """Mask what a plan removes, shapes unchanged, until `.remove()` is called on the result."""
-    sites = check_plan(plan, find_sites(model), model.config.model_type)
+    sites = check_plan(plan, find_sites(model, ALL_KINDS), model.config.model_type)
     gates = attach_gates(model, sites)
     gates.values.update(plan_gates(plan))
     return gates

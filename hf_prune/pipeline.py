@@ -17,14 +17,8 @@ from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
-from hf_prune.weights import (
-    Masks,
-    apply_masks_,
-    check_weight_stage,
-    count_kept,
-    find_weights,
-    magnitude_masks,
-)
+from hf_prune.weights.masks import Masks, count_kept
+from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -45,7 +39,7 @@ def check_stages(recipe: Recipe) -> None:
 
 def _needs_data(stage: Prune) -> bool:
     if not stage.structural:
-        return False
+        return needs_data(stage)
     statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
     return bool(statistics) or stage.reconstruct
 
@@ -66,17 +60,11 @@ def _calibration(
     )
 
 
-def _prune_weights(model: PreTrainedModel, stage: Prune) -> tuple[Plan, Masks, dict[str, Any]]:
-    weights = find_weights(model, stage.ignore)
-    if not weights:
-        raise ConfigError(f"no weight is left to prune: ignore={list(stage.ignore)} matches all.")
-    masks = magnitude_masks(weights, stage.fraction, stage.solver)
-    apply_masks_(model, masks)
-    kept = count_kept(masks)
-    total = sum(mask.numel() for mask in masks.values())
-    removed = total - sum(kept.values())
-    entry = {"kind": "weights", "total": total, "removed": removed, "sparsity": removed / total}
-    return Plan(model.config.model_type, weights=kept), masks, entry
+def _prune_weights(
+    model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int
+) -> tuple[Plan, Masks, dict[str, Any]]:
+    result, entry = prune_stage_(model, stage, batches, seed)
+    return Plan(model.config.model_type, weights=count_kept(result.masks)), result.masks, entry
 
 
 def _check(
@@ -146,7 +134,7 @@ def compress(
             done = prune_once(analysis, stage, metric)
             pruned, step, entry = done.model, done.decision.selection.plan, done.entry
         else:
-            step, new_masks, entry = _prune_weights(pruned, stage)
+            step, new_masks, entry = _prune_weights(pruned, stage, batches, recipe.seed)
             masks |= new_masks
         plan = plan.then(step)
         report["pruning"].append(entry)

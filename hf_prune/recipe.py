@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -162,6 +162,39 @@ class Floor(_Model):
     """Time after which the best model so far is taken."""
 
 
+_PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
+
+
+class Weights(_Model):
+    """How single weights are chosen, and what the others become."""
+
+    pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
+    """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
+    rows x columns (`4x1`)."""
+    rank: Literal["auto", "row", "matrix"] = "auto"
+    """Which entries of a matrix are ranked together. `auto`: rows in models that generate, where
+    that was measured to be better, else the whole matrix."""
+    dense_target: bool = True
+    """Fit to what the dense network computed from its own inputs, so that what earlier layers lost
+    is repaired too."""
+    targets: tuple[str, ...] = ()
+    """Shell patterns of the parameters, modules or classes to prune; all linear layers,
+    convolutions, recurrent matrices and packed experts, if none is given."""
+    embeddings: bool = False
+    """Prune embeddings too, and what shares their matrix; by magnitude."""
+    iterations: int = Field(default=12, ge=0)
+    """Iterations of `admm`."""
+    penalty: float = Field(default=0.5, gt=0)
+    """Penalty of `admm`, where every input has mean square one."""
+    refit_steps: int = Field(default=10, ge=1)
+    """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
+
+
+def _default_of(structure: str, *, weights: str) -> Callable[[dict[str, Any]], str]:
+    """The default of a field for heads and neurons, and that for single weights."""
+    return lambda data: weights if data.get("units") == ("weights",) else structure
+
+
 class Prune(_Model):
     """What to remove, and how much."""
 
@@ -169,15 +202,20 @@ class Prune(_Model):
     """Tells this stage from the others."""
     units: tuple[Unit, ...] = ("heads", "neurons")
     """What may go: `heads` and `neurons` are really removed, single `weights` become zero."""
-    criterion: str = "kfac_obs"
-    """A key of `hf_prune.criteria.CRITERIA`."""
-    solver: str = "knapsack"
-    """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (ranks within each matrix)
-    or `global`."""
+    criterion: str = Field(default_factory=_default_of("kfac_obs", weights="admm"))
+    """A key of `hf_prune.criteria.CRITERIA`. For weights: one of
+    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, and for weights `admm`."""
+    solver: str = Field(default_factory=_default_of("knapsack", weights="uniform"))
+    """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (the same share of each
+    matrix), `global` (one ranking), `outliers`, or `knapsack` (by layer errors). If not given,
+    `knapsack`, and for weights `uniform`."""
     cost: Literal["parameters", "macs"] = "parameters"
     """What `sparsity` counts. MACs are those of one sequence of `sequence_length` tokens."""
     sparsity: float | None = None
-    """Fraction to remove, in [0, 1). Either this or `target`."""
+    """Fraction to remove, in [0, 1). Either this or `target`; a pattern such as 2:4 says it by
+    itself."""
+    weights: Weights | None = None
+    """More about a stage of single weights."""
     target: Target | None = None
     """What the model may cost afterwards. Either this or `sparsity`."""
     floor: Floor | None = None
@@ -246,7 +284,15 @@ class Prune(_Model):
 
     @model_validator(mode="after")
     def _one_goal(self) -> "Prune":
-        if (self.sparsity is None) == (self.target is None):
+        if self.weights is not None and self.structural:
+            raise ValueError("weights: is for a stage of single weights, units: [weights]")
+        implied = self._implied
+        if implied is not None and self.sparsity not in (None, implied):
+            raise ValueError(
+                f"pattern {self.single.pattern} removes {implied:g} of the weights: leave sparsity "
+                "out, or write that"
+            )
+        if implied is None and (self.sparsity is None) == (self.target is None):
             raise ValueError("give either sparsity or target")
         if self.target is not None and (self.schedule is not None or not self.structural):
             raise ValueError(
@@ -271,9 +317,21 @@ class Prune(_Model):
         Raises:
             ConfigError: when it has a target instead.
         """
-        if self.sparsity is None:
+        sparsity = self.sparsity if self._implied is None else self._implied
+        if sparsity is None:
             raise ConfigError("this stage has a target and no sparsity.")
-        return self.sparsity
+        return sparsity
+
+    @property
+    def single(self) -> Weights:
+        """How single weights are pruned: what is given, or the defaults."""
+        return self.weights or Weights()
+
+    @property
+    def _implied(self) -> float | None:
+        """The sparsity that an n:m pattern has by itself."""
+        kept, colon, of = self.single.pattern.partition(":")
+        return 1 - int(kept) / int(of) if colon and int(kept) < int(of) else None
 
     @property
     def structural(self) -> bool:
@@ -364,6 +422,8 @@ class Recipe(_Model):
     """Seed of everything random."""
     stages: tuple[Stage, ...]
     """What happens, in this order."""
+    standalone: bool = False
+    """Save a module beside the weights: it loads without hf_prune, by `trust_remote_code=True`."""
 
     @model_validator(mode="after")
     def _order(self) -> "Recipe":

@@ -8,6 +8,7 @@ which family a model is of. All names are relative to the base model, so that wh
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import get_family
-from hf_prune.families.spec import Attention, Ffn, Stack
+from hf_prune.families.spec import Attention, Experts, Ffn, Stack
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,23 @@ class Slice:
     """Unit `u` owns `offset + [u * width, (u + 1) * width)` on one axis of one module's weight.
 
     `axis` is that of the logical `[out, in]` matrix: 0 narrows outputs (and the bias), 1 inputs.
+    Where `parameter` is given, the slice is of that parameter of the module, and `axis` is its own.
     """
 
     module: str
     axis: int
     width: int
     offset: int = 0
+    parameter: str = ""
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of a module that holds `per_unit` times the number of units."""
+    """An attribute of a module that holds `per_unit` times the number of units.
+
+    A name that begins with `config.` is a key of the module's config, of which the module then has
+    a view of its own.
+    """
 
     module: str
     name: str
@@ -63,6 +70,24 @@ class Site:
     layer_module: str
     sum_module: str
     """Module whose input is the sum of residual and output; "" = that sum is the layer's output."""
+    floor: int = 1
+    """Units that must stay."""
+    multiple: int = 1
+    """The number of units that stay must be a multiple of this."""
+    runs: int = 1
+    """How often one pass runs the layer: more than once where layers are shared."""
+    core: str = ""
+    """Module that takes the heads apart; "" where the units are no heads."""
+    shared_bias: str = ""
+    """How a position bias that all layers share reaches `core`; "" where there is none."""
+    stack: str = ""
+    """The list that the layer is in: encoder and decoder are two."""
+
+
+KINDS = ("heads", "neurons")
+"""What is found if nothing else is asked for."""
+ALL_KINDS = (*KINDS, "expert_neurons", "experts")
+"""Every kind of unit."""
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -143,15 +168,66 @@ def out_features(module: nn.Module) -> int:
 
 
 def gate_weight(root: nn.Module, site: Site) -> Tensor:
-    """The entries that each unit owns in its output projection, `[U, N]` with `N = width * E`."""
+    """The entries that each unit owns in what its gate acts on, `[U, N]`.
+
+    For heads and neurons these are columns of the output projection, `N = width * E`.
+    """
+    if site.gate.parameter:
+        parameter = get_parameter(root, site.gate)
+        stored: Tensor = parameter.movedim(site.gate.axis, 0).flatten(1)  # [..., U, ...] -> [U, N]
+        return stored
     weight = logical_weight(projection(root, site.gate.module))  # [E, U * D]
     by_unit = weight.unflatten(1, (site.units, site.gate.width))  # [E, U, D]
     result: Tensor = by_unit.transpose(0, 1).flatten(1)  # [U, N] with N = E * D
     return result
 
 
-def _join(*parts: str) -> str:
+def get_parameter(root: nn.Module, item: Slice) -> nn.Parameter:
+    """The parameter that a slice with a `parameter` is of.
+
+    Raises:
+        UnsupportedModelError: when the module does not have it.
+    """
+    found = getattr(get_module(root, item.module), item.parameter, None)
+    if not isinstance(found, nn.Parameter):
+        raise UnsupportedModelError(
+            f"{item.module} has no parameter {item.parameter!r}: its layout is not the one that "
+            "its family description states."
+        )
+    return found
+
+
+def join(*parts: str) -> str:
+    """A dotted path, of which parts may be empty."""
     return ".".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One layer: where it is, its number in the model, how often a pass runs it."""
+
+    stack: Stack
+    name: str
+    layer: int
+    runs: int
+
+    def site(
+        self, root: nn.Module, spec: "Attention | Ffn", slices: Sequence[Slice], **rest: Any
+    ) -> Site:
+        """A site of this layer whose last slice is its gate."""
+        parameters, macs = _unit_cost(root, slices)
+        return Site(
+            layer=self.layer,
+            slices=tuple(slices),
+            gate=slices[-1],
+            parameters=parameters,
+            macs_per_token=self.runs * macs,
+            layer_module=self.name,
+            sum_module=join(self.name, spec.sum) if spec.sum else "",
+            runs=self.runs,
+            stack=self.stack.layers,
+            **rest,
+        )
 
 
 def _unit_cost(root: nn.Module, slices: Sequence[Slice]) -> tuple[int, int]:
@@ -165,118 +241,237 @@ def _unit_cost(root: nn.Module, slices: Sequence[Slice]) -> tuple[int, int]:
     return parameters, macs
 
 
-def _attention_slices(root: nn.Module, block: str, spec: Attention, head_dim: int) -> list[Slice]:
+def _packed_slices(
+    root: nn.Module, block: str, spec: Attention, head_dim: int, queries: int
+) -> list[Slice]:
+    """Slices of a projection that packs queries, keys and values."""
+    name = join(block, spec.qkv)
+    keys = (out_features(projection(root, name)) - queries) // 2
+    if spec.interleaved:
+        return [Slice(name, 0, 3 * head_dim)]
+    group = queries // max(keys, 1)  # query heads per key/value head
+    return [
+        Slice(name, 0, group * head_dim),
+        Slice(name, 0, head_dim, queries),
+        Slice(name, 0, head_dim, queries + keys),
+    ]
+
+
+def _attention_slices(
+    root: nn.Module, block: str, spec: Attention, head_dim: int, queries: int
+) -> list[Slice]:
+    """The slices of all projections into a block, `queries` its width; the first is of queries."""
     if spec.qkv:
-        name = _join(block, spec.qkv)
-        packed = out_features(projection(root, name)) // 3
-        return [Slice(name, 0, head_dim, offset) for offset in (0, packed, 2 * packed)]
-    queries = out_features(projection(root, _join(block, spec.q)))
-    keys = out_features(projection(root, _join(block, spec.k)))
-    group = queries // keys  # query heads per key/value head; 1 without grouped queries
-    widths = {spec.q: group * head_dim, spec.k: head_dim, spec.v: head_dim}
-    return [Slice(_join(block, name), 0, width) for name, width in widths.items()]
+        return _packed_slices(root, block, spec, head_dim, queries)
+    if spec.kv:
+        pair = join(block, spec.kv)
+        keys = out_features(projection(root, pair)) // 2
+        others = [Slice(pair, 0, head_dim), Slice(pair, 0, head_dim, keys)]
+    else:
+        keys = out_features(projection(root, join(block, spec.k)))
+        others = [Slice(join(block, name), 0, head_dim) for name in (spec.k, spec.v)]
+    group = queries // max(keys, 1)
+    more = [name for name in (join(block, m) for m in spec.more) if has_module(root, name)]
+    return [
+        Slice(join(block, spec.q), 0, group * head_dim),
+        *others,
+        *(Slice(name, 0, group * head_dim) for name in more),
+    ]
 
 
-def _head_site(root: nn.Module, stack: Stack, layer: int) -> Site:
-    spec = stack.attention
-    layer_name = f"{stack.layers}.{layer}"
-    block = _join(layer_name, spec.path)
-    core = _join(block, spec.core)
+def _head_site(root: nn.Module, place: _Place, spec: Attention) -> Site:
+    block = join(place.name, spec.path)
+    core = join(block, spec.core)
     head_dim = int(getattr(get_module(root, core), spec.head_dim))
-    slices = _attention_slices(root, block, spec, head_dim)
-    width = slices[0].width  # of all query heads that a unit holds
-    out = projection(root, _join(block, spec.out))
-    units = int(logical_weight(out).shape[1]) // width
-    gate = Slice(_join(block, spec.out), 1, width)
-    parameters, macs = _unit_cost(root, [*slices, gate])
-    attributes = [Attribute(core, name, width // head_dim) for name in spec.counts]
+    out = join(block, spec.out)
+    queries = int(logical_weight(projection(root, out)).shape[1])
+    slices = _attention_slices(root, block, spec, head_dim, queries)
+    width = head_dim if spec.interleaved else slices[0].width  # of the query heads of a unit
+    group = width // head_dim
+    attributes = [Attribute(core, name, group) for name in spec.counts]
     attributes += [Attribute(core, name, width) for name in spec.widths]
-    return Site(
+    attributes += [Attribute(core, name, 1) for name in spec.kv_counts]
+    attributes += [Attribute(core, f"config.{name}", group) for name in spec.config_counts]
+    return place.site(
+        root,
+        spec,
+        [*slices, Slice(out, 1, width)],
         name=block,
         kind="heads",
-        layer=layer,
-        units=units,
-        slices=(*slices, gate),
-        gate=gate,
+        units=queries // width,
         attributes=tuple(attributes),
-        parameters=parameters,
-        macs_per_token=macs,
-        attention_width=width,
-        layer_module=layer_name,
-        sum_module=_join(layer_name, spec.sum) if spec.sum else "",
+        attention_width=place.runs * width,
+        core=core,
+        shared_bias=spec.shared_bias,
     )
 
 
-def _neuron_site(root: nn.Module, stack: Stack, layer: int) -> Site:
-    spec: Ffn = stack.ffn
-    layer_name = f"{stack.layers}.{layer}"
-    slices = [Slice(_join(layer_name, name), 0, 1) for name in spec.up]
-    gate = Slice(_join(layer_name, spec.down), 1, 1)
+def _neuron_site(root: nn.Module, place: _Place, spec: Ffn) -> Site:
+    gate = Slice(join(place.name, spec.down), 1, 1)
     units = int(logical_weight(projection(root, gate.module)).shape[1])
-    parameters, macs = _unit_cost(root, [*slices, gate])
-    module = _join(layer_name, spec.path)
-    return Site(
-        name=_join(layer_name, "ffn"),
+    names = [join(place.name, name) for name in spec.up]
+    slices = [Slice(name, 0, 1, part * units) for name in names for part in range(spec.packed)]
+    module = join(place.name, spec.path)
+    return place.site(
+        root,
+        spec,
+        [*slices, gate],
+        name=join(place.name, "ffn"),
         kind="neurons",
-        layer=layer,
         units=units,
-        slices=(*slices, gate),
-        gate=gate,
         attributes=tuple(Attribute(module, name, 1) for name in spec.counts),
-        parameters=parameters,
-        macs_per_token=macs,
         attention_width=0,
-        layer_module=layer_name,
-        sum_module=_join(layer_name, spec.sum) if spec.sum else "",
+    )
+
+
+GROUPED_MULTIPLE = 8
+"""Widths of fused experts: grouped matrix products need rows of a multiple of 16 bytes."""
+
+
+def _expert_sites(root: nn.Module, place: _Place, spec: Experts) -> Iterator[Site]:
+    """The neurons that all experts of a layer have in common, and the experts themselves."""
+    path, router = join(place.name, spec.path), join(place.name, spec.router)
+    experts, width, neurons = get_parameter(root, Slice(path, 0, 1, 0, spec.down)).shape
+    up = get_parameter(root, Slice(path, 0, 1, 0, spec.up))
+    chosen = int(getattr(get_module(root, router), spec.chosen))
+    packed = up.shape[1] // neurons
+    here: dict[str, Any] = {
+        "layer": place.layer,
+        "layer_module": place.name,
+        "sum_module": join(place.name, spec.sum) if spec.sum else "",
+        "attention_width": 0,
+        "stack": place.stack.layers,
+    }
+    parts = [Slice(path, 1, 1, part * neurons, spec.up) for part in range(packed)]
+    yield Site(
+        name=join(place.name, "ffn"),
+        kind="expert_neurons",
+        units=neurons,
+        slices=(*parts, Slice(path, 2, 1, 0, spec.down)),
+        gate=Slice(path, 2, 1, 0, spec.down),
+        attributes=tuple(Attribute(path, name, 1) for name in spec.widths),
+        parameters=(packed + 1) * experts * width,
+        macs_per_token=(packed + 1) * chosen * width,
+        floor=min(GROUPED_MULTIPLE, neurons),
+        multiple=GROUPED_MULTIPLE,
+        **here,
+    )
+    yield Site(
+        name=join(place.name, "experts"),
+        kind="experts",
+        units=experts,
+        slices=(
+            Slice(path, 0, 1, 0, spec.up),
+            Slice(router, 0, 1, 0, "weight"),
+            Slice(path, 0, 1, 0, spec.down),
+        ),
+        gate=Slice(path, 0, 1, 0, spec.down),
+        attributes=tuple(Attribute(m, name, 1) for m in (path, router) for name in spec.counts),
+        parameters=(packed + 1) * neurons * width + width,
+        macs_per_token=width,  # of the router: each token still goes to as many experts
+        floor=chosen,
+        core=router,
+        **here,
     )
 
 
 def _stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     check_not_quantized(model)
-    if getattr(model.config, "add_cross_attention", False):
-        raise UnsupportedModelError(
-            "config.add_cross_attention is on: cross-attention of this family is not described yet."
-        )
-    return get_family(model.config.model_type).stacks
+    family = get_family(model.config.model_type)
+    for variant in family.variants:
+        if getattr(model.config, variant.key, None) == variant.value:
+            return variant.stacks
+    return family.stacks
 
 
-def _layers(model: PreTrainedModel) -> Iterator[tuple[Stack, int]]:
+def has_module(root: nn.Module, name: str) -> bool:
+    """Whether there is a module at a dotted path."""
+    try:
+        root.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _lists(base: nn.Module, stack: Stack) -> list[str]:
+    """The paths of the layer lists of a stack; none, if the model does not have it."""
+    before, star, after = stack.layers.partition(".*.")
+    if not star:
+        return [before] if has_module(base, before) else []
+    if not has_module(base, before):
+        return []
+    groups = get_module(base, before)
+    assert isinstance(groups, nn.ModuleList)  # noqa: S101  # a list of lists
+    return [f"{before}.{index}.{after}" for index in range(len(groups))]
+
+
+def _places(model: PreTrainedModel) -> Iterator[_Place]:
+    """The layers of a model, stack by stack.
+
+    Raises:
+        UnsupportedModelError: when no stack of the family is there.
+    """
     base = base_model(model)
-    for stack in _stacks(model):
-        layers = get_module(base, stack.layers)
-        assert isinstance(layers, nn.ModuleList)  # noqa: S101  # what every layer list of transformers is
-        for index in range(len(layers)):
-            yield stack, index
+    stacks = _stacks(model)
+    found = False
+    for stack in stacks:
+        lists = _lists(base, stack)
+        number = 0
+        for group, path in enumerate(lists):
+            layers = get_module(base, path)
+            assert isinstance(layers, nn.ModuleList)  # noqa: S101  # what every layer list of transformers is
+            depth = int(getattr(model.config, stack.depth)) if stack.depth else len(lists)
+            # a depth belongs to the group in whose share of all depths it lies
+            runs = sum(int(i / (depth / len(lists))) == group for i in range(depth))
+            for index in range(len(layers)):
+                yield _Place(stack, f"{path}.{index}", number, runs)
+                found, number = True, number + 1
+    if not found:
+        names = " or ".join(stack.layers for stack in stacks)
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no layers at {names}: its layout is not the one that its "
+            "family description states."
+        )
+
+
+def _sites_of(base: nn.Module, place: _Place) -> Iterator[Site]:
+    """Everything that can go in one layer, in the order in which the layer runs it."""
+    stack = place.stack
+    yield _head_site(base, place, stack.attention)
+    if stack.cross and has_module(base, join(place.name, stack.cross.path)):
+        yield _head_site(base, place, stack.cross)
+    if stack.experts and has_module(base, join(place.name, stack.experts.path)):
+        yield from _expert_sites(base, place, stack.experts)
+    elif stack.ffn:
+        yield _neuron_site(base, place, stack.ffn)
 
 
 def find_sites(
     model: PreTrainedModel,
-    kinds: Sequence[str] = ("heads", "neurons"),
+    kinds: Sequence[str] = KINDS,
     ignore: Sequence[str] = (),
 ) -> list[Site]:
     """The sites of a model, layer by layer, attention before feed-forward.
 
     Args:
         model: a transformers model of a known family, with any head or none.
-        kinds: `heads`, `neurons`, or both.
+        kinds: of `ALL_KINDS`: `heads`, `neurons`; in a mixture of experts also `experts`, and
+            `expert_neurons`, which all experts of a layer have in common.
         ignore: shell patterns of names to leave out, such as `encoder.layer.0.*`.
 
     Raises:
         UnsupportedModelError: for an unknown family, a wrapper, or an unexpected layout.
     """
     base = base_model(model)
-    sites = []
-    for stack, layer in _layers(model):
-        found = [
-            build(base, stack, layer)
-            for kind, build in (("heads", _head_site), ("neurons", _neuron_site))
-            if kind in kinds
-        ]
-        sites += [s for s in found if not any(fnmatch.fnmatch(s.name, p) for p in ignore)]
-    return sites
+    return [
+        site
+        for place in _places(model)
+        for site in _sites_of(base, place)
+        if site.kind in kinds and not any(fnmatch.fnmatch(site.name, p) for p in ignore)
+    ]
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer layers of a model, in order: what `encoder_parameters` of a report counts."""
     base = base_model(model)
-    return [get_module(base, f"{stack.layers}.{layer}") for stack, layer in _layers(model)]
+    return [get_module(base, place.name) for place in _places(model)]

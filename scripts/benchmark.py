@@ -1,80 +1,24 @@
-"""Figures that are not tests: what a training step with PruneCallback costs over one without.
+"""Figures that are not tests, one sub-command for each subject; each writes JSON.
 
-    python scripts/benchmark.py runs/benchmark_step.json
-
-The packaged MiniLM-L6, AdamW, batches of 32 sequences of 32 tokens; steps with and without in turn.
+python scripts/benchmark.py step runs/benchmark_step.json
+python scripts/benchmark.py weights-lm runs/benchmark_weights_lm.json --model DIR --text DIR
+python scripts/benchmark.py weights-text runs/benchmark_weights_text.json --model DIR
+python scripts/benchmark.py weights-layers runs/benchmark_weights_layers.json --model DIR
+python scripts/benchmark.py weights-digits runs/benchmark_weights_digits.json
 """
 
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
-
-import torch
-from packaged import packaged_model
-from transformers import AutoModelForSequenceClassification
-
-from hf_prune.gates import attach_gates
-from hf_prune.measure.counts import example_batch
-from hf_prune.recipe import Prune, Schedule
-from hf_prune.report.result import environment
-from hf_prune.training.structure import StructuredPruning
-
-ROUNDS = 25
+import bench_step
+import bench_weights
+import click
 
 
-def step_cost() -> dict[str, object]:
-    """Milliseconds of a training step, bare, with open gates, and with half of the gates closed."""
-    model = AutoModelForSequenceClassification.from_pretrained(packaged_model(), num_labels=2)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    batch = {**example_batch(model, 32, 32), "labels": torch.arange(32) % 2}
-    pruning = StructuredPruning(
-        Prune(criterion="taylor", sparsity=0.5, schedule=Schedule()), seed=0
-    )
-
-    def step(*, pruned: bool) -> float:
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        if pruned:
-            pruning.observe()
-        optimizer.step()
-        optimizer.zero_grad()
-        return (time.perf_counter() - start) * 1e3
-
-    times: dict[str, list[float]] = {"bare": [], "open_gates": [], "closed_gates": []}
-    pruning.start(model)
-    step(pruned=True)
-    pruning.decide(1.0)
-    closed = pruning.gates.values
-    pruning.gates.remove()
-    for turn in range(ROUNDS + 3):
-        for name in times:
-            if name != "bare":
-                pruning.gates = attach_gates(model, pruning.sites)
-                pruning.gates.values = closed if name == "closed_gates" else {}
-            elapsed = step(pruned=name != "bare")
-            pruning.gates.remove()
-            if turn >= 3:
-                times[name].append(elapsed)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(values, times["bare"], strict=True))
-        for name, values in times.items()
-    }
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {"median_ms": medians, "ratio_to_bare": ratios, "rounds": ROUNDS}
-
-
+@click.group(help=__doc__)
 def main() -> None:
-    """Measure and write."""
-    torch.set_num_threads(1)
-    report = {"environment": environment(), "step": step_cost()}
-    out = Path(sys.argv[1])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report["step"], indent=1))
+    """Nothing of its own: the sub-commands do the work."""
 
+
+main.add_command(bench_step.command, "step")
+main.add_command(bench_weights.language_model, "weights-lm")
 
 if __name__ == "__main__":
     main()

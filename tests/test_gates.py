@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tinies import CORE
 
-from hf_prune.families import FAMILIES
 from hf_prune.gates import attach_gates, masked, plan_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import base_model, find_sites, logical_weight, projection
 
-families = pytest.mark.parametrize("name", sorted(FAMILIES))
+families = pytest.mark.parametrize("name", CORE)
 
 
 def hooks(model):

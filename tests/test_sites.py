@@ -1,14 +1,27 @@
 """Sites: what each unit owns, and what is refused."""
 
+import copy
+
 import pytest
 import torch
+from tinies import CORE, SEQ2SEQ
 from torch import nn
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    FNetConfig,
+    FNetModel,
+    GPT2Config,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import FAMILIES, get_family
 from hf_prune.sites import (
+    ALL_KINDS,
+    Slice,
     base_model,
     find_sites,
     gate_weight,
@@ -16,11 +29,12 @@ from hf_prune.sites import (
     logical_weight,
     projection,
 )
+from hf_prune.surgery.rebuild import get_attribute
 
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
 
 
-@families
+@pytest.mark.parametrize("name", CORE)
 def test_every_layer_has_two_sites(name, tiny):
     model = tiny(name)
     layers = model.config.num_hidden_layers
@@ -35,18 +49,40 @@ def test_every_layer_has_two_sites(name, tiny):
 
 
 @families
+def test_every_layer_has_attention_and_a_feed_forward_block(name, tiny):
+    sites = find_sites(tiny(name), ALL_KINDS)
+    layers = {site.layer_module: [] for site in sites}
+    for site in sites:
+        layers[site.layer_module].append(site.kind)
+    assert len(layers) == len(layer_modules(tiny(name))) >= 2
+    experts = ["heads", "expert_neurons", "experts"]
+    for layer, kinds in layers.items():
+        cross = ["heads"] if name in SEQ2SEQ and layer.startswith("decoder") else []
+        assert kinds in (["heads", *cross, "neurons"], experts), layer
+        assert (kinds == experts) == (
+            name == "mixtral" or (name, layer) == ("qwen3_moe", "layers.0")
+        )
+
+
+def size(base, item):
+    """How long the axis of a slice is."""
+    if item.parameter:
+        return base.get_submodule(item.module).get_parameter(item.parameter).shape[item.axis]
+    return logical_weight(projection(base, item.module)).shape[item.axis]
+
+
+@families
 def test_slices_do_not_overlap_and_cover_the_projections(name, tiny):
     """Each row or column of a projection belongs to exactly one unit."""
     model = tiny(name)
     base = base_model(model)
-    for site in find_sites(model):
+    for site in find_sites(model, ALL_KINDS):
         rows = {}
         for item in site.slices:
-            owned = rows.setdefault((item.module, item.axis), [])
+            owned = rows.setdefault((item.module, item.parameter, item.axis), [])
             owned += range(item.offset, item.offset + site.units * item.width)
-        for (module, axis), owned in rows.items():
-            size = logical_weight(projection(base, module)).shape[axis]
-            assert sorted(owned) == list(range(size)), (module, axis)
+        for (module, parameter, axis), owned in rows.items():
+            assert sorted(owned) == list(range(size(base, Slice(module, axis, 1, 0, parameter))))
 
 
 @families
@@ -64,10 +100,10 @@ def test_costs_of_all_units_are_all_there_is(name, tiny):
 @families
 def test_attributes_are_true(name, tiny):
     model = tiny(name)
-    for site in find_sites(model):
+    for site in find_sites(model, ALL_KINDS):
         for item in site.attributes:
             holder = base_model(model).get_submodule(item.module)
-            assert getattr(holder, item.name) == site.units * item.per_unit, item
+            assert get_attribute(holder, item.name) == site.units * item.per_unit, item
 
 
 @families
@@ -81,6 +117,14 @@ def test_gate_weight_by_hand(name, tiny):
             start = unit * site.gate.width
             columns = weight[:, start : start + site.gate.width]
             assert torch.equal(found[unit], columns.flatten()), unit
+
+
+def test_gate_weight_of_experts_by_hand(tiny):
+    model = tiny("mixtral")
+    neurons, experts = find_sites(model, ["expert_neurons", "experts"])[:2]
+    down = model.model.layers[0].mlp.experts.down_proj  # [X, E, F]
+    assert torch.equal(gate_weight(model.model, experts)[2], down[2].flatten())
+    assert torch.equal(gate_weight(model.model, neurons)[5], down[:, :, 5].flatten())
 
 
 def test_logical_weight_undoes_conv1d():
@@ -101,11 +145,27 @@ def test_kinds_and_ignored_names(tiny):
 
 
 def test_unknown_family():
-    with pytest.raises(UnsupportedModelError, match=r"'t6' has no description\. Known: bert, dist"):
+    with pytest.raises(UnsupportedModelError, match=r"'t6' has no description\. Known: albert, "):
         get_family("t6")
+    config = FNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, intermediate_size=8)
+    with pytest.raises(UnsupportedModelError, match="model_type 'fnet' has no description"):
+        find_sites(FNetModel(config))
+
+
+def test_an_encoder_alone(tiny):
+    """Of a family with two stacks, a model may have one."""
     config = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(UnsupportedModelError, match="model_type 't5' has no description"):
-        find_sites(T5EncoderModel(config))
+    names = [site.name for site in find_sites(T5EncoderModel(config))]
+    assert names == ["encoder.block.0.layer.0.SelfAttention", "encoder.block.0.ffn"]
+
+
+def test_no_stack_at_all(tiny):
+    model = tiny("bart")
+    del model.model.encoder, model.model.decoder
+    with pytest.raises(
+        UnsupportedModelError, match=r"no layers at encoder\.layers or decoder\.lay"
+    ):
+        find_sites(model)
 
 
 class Wrapper(nn.Module):
@@ -147,15 +207,38 @@ def test_another_layout(tiny):
         find_sites(model)
 
 
-def test_cross_attention():
-    config = BertConfig(
+@pytest.mark.parametrize("cls", [BertConfig, GPT2Config])
+def test_cross_attention(cls):
+    """A layer has cross-attention where its config asks for it, and it counts its own heads."""
+    config = cls(
         vocab_size=9,
         hidden_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
-        intermediate_size=8,
         is_decoder=True,
         add_cross_attention=True,
     )
-    with pytest.raises(UnsupportedModelError, match="add_cross_attention is on"):
-        find_sites(BertModel(config))
+    sites = find_sites(AutoModel.from_config(config))
+    assert [site.kind for site in sites] == ["heads", "heads", "neurons"]
+    assert sites[1].name.endswith("crossattention")
+    assert sites[1].units == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "site", "found"),
+    [
+        ("opt", {"do_layer_norm_before": False}, 0, "self_attn_layer_norm"),
+        ("opt", {}, 0, "final_layer_norm"),
+        ("gpt_neox", {"use_parallel_residual": False}, 0, "post_attention_layernorm"),
+        ("gpt_neox", {}, 0, ""),
+        ("wav2vec2", {"do_stable_layer_norm": True}, 1, ""),
+        ("wav2vec2", {}, 1, "final_layer_norm"),
+    ],
+)
+def test_variants(name, change, site, found, tiny):
+    """Where the sum of residual and output is depends on the config."""
+    config = copy.deepcopy(tiny(name).config)
+    for key, value in change.items():
+        setattr(config, key, value)
+    item = find_sites(AutoModel.from_config(config))[site]
+    assert item.sum_module.removeprefix(item.layer_module).strip(".") == found

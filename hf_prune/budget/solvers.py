@@ -19,6 +19,8 @@ from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import Prune, did_you_mean
 from hf_prune.sites import Site
 
+MAX_LEVELS = 128
+"""Levels of one site that the knapsack chooses from."""
 SURROGATE_BUDGET = 1 << 40
 """The budget of several goals taken together, in units of its own."""
 SURROGATE_ROUNDS = 24
@@ -79,9 +81,14 @@ def _top_down(problem: Problem, site: Site, levels: Tensor) -> Tensor:
     return -(site.layer + 0.5 * levels[1:].double() / site.units)
 
 
-def _in_order(problem: Problem, priority: Priority) -> Counts:
-    """Follow the order of all steps, and stop at the first one that does not fit."""
+def _in_order(problem: Problem, priority: Priority, start: Counts | None = None) -> Counts:
+    """Follow the order of all steps, and stop at the first one that does not fit.
+
+    From the least levels, or from those of `start`.
+    """
     levels = {site.name: problem.levels(site) for site in problem.sites}
+    if start is not None:
+        levels = {name: level[level >= start[name]] for name, level in levels.items()}
     counts = {name: int(level[0]) for name, level in levels.items()}
     spent = sum(int(problem.tables[name][count]) for name, count in counts.items())
     keys = [priority(problem, site, levels[site.name]) for site in problem.sites]
@@ -112,16 +119,29 @@ def top_down(problem: Problem) -> Counts:
     return _in_order(problem, _top_down)
 
 
+def _thinned(levels: Tensor) -> Tensor:
+    """At most about `MAX_LEVELS` of some levels, the first and the last among them."""
+    step = -(-len(levels) // MAX_LEVELS)
+    return torch.cat([levels[:-1:step], levels[-1:]])
+
+
 def exact(problem: Problem) -> Counts:
-    """The levels with the least total error within the budget."""
-    levels = [problem.levels(site) for site in problem.sites]
+    """The levels with the least total error within the budget.
+
+    Of a site with very many levels every few are tried; what is then left of the budget goes, step
+    by step, where it saves most.
+    """
+    levels = [_thinned(problem.levels(site)) for site in problem.sites]
     costs = [problem.tables[s.name][x] for s, x in zip(problem.sites, levels, strict=True)]
     errors = [problem.errors(s, x) for s, x in zip(problem.sites, levels, strict=True)]
     chosen = knapsack(costs, errors, problem.budget)
     if chosen is None:  # the floors alone exceed it: keep no more than them
         chosen = [0] * len(levels)
     pairs = zip(problem.sites, levels, chosen, strict=True)
-    return {site.name: int(level[index]) for site, level, index in pairs}
+    counts = {site.name: int(level[index]) for site, level, index in pairs}
+    if any(len(problem.levels(s)) > len(x) for s, x in zip(problem.sites, levels, strict=True)):
+        return _in_order(problem, _global, counts)
+    return counts
 
 
 Solver = Callable[[Problem], Counts]

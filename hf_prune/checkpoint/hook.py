@@ -4,6 +4,8 @@ transformers lets a package register a quantizer. It is called after the model w
 and before weights are read, which is when modules must be narrowed. After loading, its flags are
 taken off again, so that the model is an ordinary one for Trainer, `.half()`, PEFT and
 `torch.compile`.
+
+Like `surgery.rebuild`, this module is also saved beside models that are to load without hf_prune.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_prune.surgery.shapes import QUANT_METHOD, apply_shapes_, check_shapes
+from hf_prune.surgery.rebuild import QUANT_METHOD, TABLES, apply_shapes_, check_shapes
 
 
 class HfPruneConfig(QuantizationConfigMixin):
@@ -29,13 +31,14 @@ class HfPruneConfig(QuantizationConfigMixin):
         CheckpointError: when it is of another version, or a value is not a positive integer.
     """
 
-    def __init__(
-        self, version: Any = None, modules: Any = None, attributes: Any = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, version: Any = None, **kwargs: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own
         self.version = version
-        self.modules = {} if modules is None else modules
-        self.attributes = {} if attributes is None else attributes
+        for table in ("modules", "attributes"):
+            kwargs[table] = {} if kwargs.get(table) is None else kwargs[table]
+        for table in TABLES:
+            if table in kwargs:
+                setattr(self, table, kwargs[table])
         check_shapes(self.to_dict())
 
 

@@ -16,6 +16,16 @@ GPT2 = Family(
                 counts=("num_heads",),
                 widths=("split_size",),  # read by forward to take the packed projection apart
             ),
+            cross=Attention(
+                path="crossattention",
+                q="q_attn",
+                kv="c_attn",
+                out="c_proj",
+                sum="ln_2",
+                head_dim="head_dim",
+                counts=("num_heads",),
+                widths=("split_size",),
+            ),
             ffn=Ffn(up=("mlp.c_fc",), down="mlp.c_proj", sum=""),
         ),
     ),

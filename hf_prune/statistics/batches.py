@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.errors import DataError
+from hf_prune.errors import DataError, UnsupportedModelError
+from hf_prune.sites import Site
 
 Batch = Mapping[str, Tensor]
 
@@ -115,6 +116,29 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def check_one_sequence(model: PreTrainedModel, sites: Sequence[Site], what: str) -> None:
+    """Refuse what only holds for one sequence of tokens that all layers see.
+
+    Raises:
+        UnsupportedModelError: for encoder-decoders, images and sound, naming `what` was asked for.
+    """
+    stacks = {site.stack for site in sites}
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder or len(stacks) > 1:
+        raise UnsupportedModelError(
+            f"{what} needs a model that reads one sequence of token ids; {model.config.model_type} "
+            "reads something else, or several. Use a criterion without it, such as 'taylor' or "
+            "'magnitude', and reconstruct: false."
+        )
+
+
+def by_token(values: Tensor, mask: Tensor) -> Tensor:
+    """The rows of real tokens, `[real tokens, N]`, of `[B, T, N]`, or of `[B * T, N]`."""
+    if values.ndim == 2:
+        values = values.unflatten(0, tuple(mask.shape))
+    rows: Tensor = values[mask]
+    return rows
+
+
 def token_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
     """True for real tokens, `[B, T]`; all of them where the batch has no attention mask."""
     inputs = main_input(model, batch)
@@ -141,7 +165,7 @@ def forward_kwargs(model: PreTrainedModel, batch: Batch, *, labels: bool) -> dic
     kwargs: dict[str, Any] = {
         name: value for name, value in batch.items() if labels or name != "labels"
     }
-    if hasattr(model.config, "use_cache"):
+    if hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
     return kwargs
 

@@ -237,6 +237,10 @@ class _Pass:
         self, site: Site, calls: Sequence[tuple[Tensor, Tensor]], scale: Tensor
     ) -> None:
         total: Tensor | None = None
+        calls = [  # [B, T, N], or tokens of all examples in one row
+            (x.reshape(len(scale), -1, x.shape[-1]), g.reshape(len(scale), -1, g.shape[-1]))
+            for x, g in calls
+        ]
         for row in range(len(scale)):
             products = (g[row].float().T @ x[row].float() for x, g in calls)  # [E, U * D] each
             gradient = torch.stack(list(products)).sum(dim=0) * scale[row]

@@ -73,6 +73,28 @@ class Moments:
         return Moments(*(sum_over_processes(part) for part in parts))
 
 
+def means(moments: Moments, *, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The moments as means over tokens, about zero or about their own means; float64.
+
+    Returns:
+        `E[x x^T]`, `E[t x^T]`, `E[x]`, `E[t]`.
+
+    Raises:
+        NumericsError: when inputs were not finite.
+    """
+    count = moments.count.clamp(min=1)
+    gram, cross = moments.xx / count, moments.tx / count
+    mean_x, mean_t = moments.x / count, moments.t / count
+    if centred:
+        gram = gram - torch.outer(mean_x, mean_x)
+        cross = cross - torch.outer(mean_t, mean_x)
+    if not torch.isfinite(gram.diagonal().mean()):
+        raise NumericsError(
+            "the inputs of an output projection are not finite on calibration data."
+        )
+    return gram, cross, mean_x, mean_t
+
+
 def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
     for _ in range(MAX_DOUBLINGS):
         damped = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -106,17 +128,8 @@ def solve_towards(
     Raises:
         NumericsError: when inputs or targets were not finite.
     """
-    count = moments.count.clamp(min=1)
-    gram, cross = moments.xx / count, moments.tx / count
-    mean_x, mean_t = moments.x / count, moments.t / count
-    if bias is not None:
-        gram = gram - torch.outer(mean_x, mean_x)
-        cross = cross - torch.outer(mean_t, mean_x)
+    gram, cross, mean_x, mean_t = means(moments, centred=bias is not None)
     diagonal = gram.diagonal().mean()
-    if not torch.isfinite(diagonal):
-        raise NumericsError(
-            "the inputs of an output projection are not finite on calibration data."
-        )
     old = weight.double()
     factor, damping = _cholesky(gram, ridge * max(float(diagonal), 1e-12))
     new = torch.cholesky_solve((cross + damping * old).T, factor).T

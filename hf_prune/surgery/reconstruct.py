@@ -21,8 +21,9 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
-from hf_prune.statistics.batches import Batch
+from hf_prune.statistics.batches import Batch, by_token, check_one_sequence
 from hf_prune.statistics.moments import Moments, fit_checked
 from hf_prune.statistics.streams import (
     Seen,
@@ -79,8 +80,17 @@ def dense_targets(dense: PreTrainedModel, batches: Sequence[Batch]) -> DenseTarg
     Args:
         dense: evaluated in eval mode and left as it was.
         batches: calibration batches. Labels are not used.
+
+    Raises:
+        UnsupportedModelError: for encoder-decoders, shared layers, images and sound.
     """
     sites, base = find_sites(dense), base_model(dense)
+    check_one_sequence(dense, sites, "reconstruction")
+    if any(site.runs > 1 for site in sites):
+        raise UnsupportedModelError(
+            f"{dense.config.model_type} runs its layers several times, and reconstruction fits "
+            "each once. Use reconstruct: false."
+        )
     with both_in_eval(dense, dense):
         stored: list[Sums] | None = []
         streams: list[Stream] = []
@@ -157,7 +167,7 @@ class _Walk:
             target = sums[index][site.name].to(residual.device) - residual
             mask = stream.mask.to(residual.device)
             moments = held_out if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
-            moments.add(inputs[mask], target[mask])  # [B, T, .] -> [real tokens, .]
+            moments.add(by_token(inputs, mask), by_token(target, mask))  # [real tokens, .]
             if last:
                 passed.append(seen)
         bias = None if module.bias is None else module.bias.detach()
@@ -175,12 +185,12 @@ class _Walk:
         after = base.get_submodule(site.sum_module) if site.sum_module else nn.Identity()
         for index, seen in enumerate(passed):
             inputs, residual = _inputs_and_residual(seen)
-            self.hidden[index] = after(residual + module(inputs))
+            self.hidden[index] = after(residual + module(inputs).view_as(residual))
 
 
 def _inputs_and_residual(seen: Seen) -> tuple[Tensor, Tensor]:
     assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
-    return seen.inputs, seen.total - seen.output
+    return seen.inputs, seen.total - seen.output.view_as(seen.total)
 
 
 def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,18 +1,66 @@
 """Removal: the rows and columns that units own are cut out, and the model says its new widths."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prune.gates import check_plan
-from hf_prune.plan import Plan
-from hf_prune.sites import Site, Slice, base_model, find_sites, logical_weight, projection
-from hf_prune.surgery.shapes import keep_index, narrow_, record_shapes_
+from hf_prune.plan import Plan, SitePlan
+from hf_prune.sites import (
+    ALL_KINDS,
+    Site,
+    Slice,
+    base_model,
+    find_sites,
+    get_parameter,
+    join,
+    logical_weight,
+    projection,
+)
+from hf_prune.surgery.rebuild import keep_heads_, set_attribute_
+from hf_prune.surgery.shapes import (
+    Changes,
+    keep_index,
+    narrow_,
+    narrow_parameter_,
+    record_shapes_,
+)
+
+Drop = Mapping[tuple[str, str, int], list[int]]
+"""By module, parameter ("" = the weight and bias of a linear layer) and axis: positions that go."""
 
 
 def _positions(item: Slice, units: tuple[int, ...]) -> list[int]:
     starts = (item.offset + unit * item.width for unit in units)
     return [start + step for start in starts for step in range(item.width)]
+
+
+def _cut(base: nn.Module, drop: Drop, changes: Changes) -> None:
+    for (name, parameter, axis), positions in drop.items():
+        if parameter:
+            size = get_parameter(base, Slice(name, axis, 1, 0, parameter)).shape[axis]
+            index = keep_index(size, positions)
+            narrow_parameter_(base.get_submodule(name), parameter, axis, index)
+            changes.parameters.add(join(name, parameter))
+        else:
+            module = projection(base, name)
+            narrow_(module, axis, keep_index(logical_weight(module).shape[axis], positions))
+            changes.modules.add(name)
+
+
+def _keep_attributes_true(base: nn.Module, site: Site, plan: SitePlan, changes: Changes) -> None:
+    for attribute in site.attributes:
+        value = len(plan.kept) * attribute.per_unit
+        set_attribute_(base.get_submodule(attribute.module), attribute.name, value)
+        changes.attributes[attribute.module][attribute.name] = value
+    if site.shared_bias:
+        module = base.get_submodule(site.core)
+        before = getattr(module, "kept_heads", range(site.units))
+        kept = [int(before[unit]) for unit in plan.kept]
+        keep_heads_(module, site.shared_bias, kept)
+        changes.heads[site.core] = {"bias": site.shared_bias, "kept": list(kept)}
 
 
 def remove_units(model: PreTrainedModel, plan: Plan) -> None:
@@ -27,24 +75,19 @@ def remove_units(model: PreTrainedModel, plan: Plan) -> None:
         UnsupportedModelError: for an unknown family, a wrapper or adapters.
     """
     base = base_model(model)
-    sites = check_plan(plan, find_sites(model), model.config.model_type)
-    drop: dict[tuple[str, int], list[int]] = defaultdict(list)
+    sites = check_plan(plan, find_sites(model, ALL_KINDS), model.config.model_type)
+    drop: dict[tuple[str, str, int], list[int]] = defaultdict(list)
     changed: list[Site] = []
     for site in sites:
         removed = plan.sites[site.name].removed
         if removed:
             changed.append(site)
             for item in site.slices:
-                drop[item.module, item.axis] += _positions(item, removed)
-    for (name, axis), positions in drop.items():
-        module = projection(base, name)
-        narrow_(module, axis, keep_index(logical_weight(module).shape[axis], positions))
-    attributes: dict[str, dict[str, int]] = defaultdict(dict)
+                drop[item.module, item.parameter, item.axis] += _positions(item, removed)
+    if not changed:
+        return
+    changes = Changes()
+    _cut(base, drop, changes)
     for site in changed:
-        kept = len(plan.sites[site.name].kept)
-        for attribute in site.attributes:
-            value = kept * attribute.per_unit
-            setattr(base.get_submodule(attribute.module), attribute.name, value)
-            attributes[attribute.module][attribute.name] = value
-    if changed:
-        record_shapes_(model, {name for name, _ in drop}, attributes)
+        _keep_attributes_true(base, site, plan.sites[site.name], changes)
+    record_shapes_(model, changes)

@@ -28,7 +28,7 @@ from hf_prune.training.structure import (
     selection_to_dict,
 )
 from hf_prune.training.zeros import WeightPruning
-from hf_prune.weights import count_kept
+from hf_prune.weights.masks import count_kept
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_prune.errors import CheckpointError
-from hf_prune.recipe import Prune
-from hf_prune.weights import (
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.recipe import Prune, did_you_mean
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import (
+    WEIGHT_SOLVERS,
     Masks,
     apply_masks_,
-    check_weight_stage,
     count_kept,
-    find_weights,
     magnitude_masks,
 )
+
+TRAINING_CRITERIA = ("magnitude",)
+"""Criteria of single weights that `PruneCallback` knows."""
 
 
 @dataclass
@@ -29,7 +32,15 @@ class WeightPruning:
     masks: Masks = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_weight_stage(self.stage)
+        for kind, name, known in (
+            ("criterion", self.stage.criterion, TRAINING_CRITERIA),
+            ("solver", self.stage.solver, WEIGHT_SOLVERS),
+        ):
+            if name not in known:
+                raise ConfigError(
+                    f"{kind} {name!r} is not for single weights while training"
+                    f"{did_you_mean(name, known)}"
+                )
 
     def start(self, model: nn.Module) -> None:
         """Nothing is masked yet."""

@@ -253,3 +253,14 @@ def test_two_goals_are_reported(tiny):
     result = decide(sites, flat(sites), stage, goals, model_type="bert")
     assert result.met
     assert [entry["cost"] for entry in result.to_dict()["goals"]] == ["parameters", "macs"]
+
+
+def test_very_many_levels_are_thinned_and_the_rest_is_spent(tiny):
+    """One site of 2,000 units: every few are tried, and no more than one unit is left over."""
+    sites, scores = toy(a=[float(i) for i in range(2000)], b=[3000.0] * 1500)
+    costs = {name: tuple(range(len(values) + 1)) for name, values in scores.items()}
+    counts = solve((sites, scores, costs, {}, {}), "knapsack", 1234)
+    assert sum(counts.values()) == 1234
+    best = sorted([*range(2000), *[3000.0] * 1500], reverse=True)[:1234]
+    kept = sum(sorted(scores["a"].tolist())[2000 - counts["a"] :]) + 3000.0 * counts["b"]
+    assert kept >= 0.999 * sum(best)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_prune.errors import CheckpointError
+from hf_prune.surgery.rebuild import apply_shapes_
 from hf_prune.surgery.remove import remove_units
-from hf_prune.surgery.shapes import apply_shapes_
 
 QUERY = "encoder.layer.0.attention.self.query"
 CORE = "encoder.layer.0.attention.self"

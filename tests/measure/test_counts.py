@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tinies import CORE
 from torch import nn
 
-from hf_prune.families import FAMILIES
 from hf_prune.measure.counts import (
     count_bytes,
     count_encoder_parameters,
@@ -16,7 +16,7 @@ from hf_prune.measure.counts import (
 from hf_prune.sites import find_sites
 from hf_prune.surgery.remove import remove_units
 
-families = pytest.mark.parametrize("name", sorted(FAMILIES))
+families = pytest.mark.parametrize("name", CORE)
 
 
 def storages(model):

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from tinies import CORE
 
 from hf_prune import criteria
 from hf_prune.criteria import CRITERIA, needs
 from hf_prune.errors import ConfigError, NumericsError
-from hf_prune.families import FAMILIES
 from hf_prune.sites import base_model, find_sites, gate_weight
 from hf_prune.statistics.collect import collect
 from hf_prune.statistics.score import check_weights, score
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", CORE)
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_every_criterion_on_every_family(name, criterion, tiny, inputs_for):
     model = tiny(name)

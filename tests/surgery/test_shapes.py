@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import CheckpointError
-from hf_prune.surgery.shapes import get_shapes, keep_index, narrow_, record_shapes_
+from hf_prune.surgery.shapes import Changes, get_shapes, keep_index, narrow_, record_shapes_
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -42,8 +42,9 @@ def test_keep_index():
 def test_record_adds_to_what_is_there(tiny):
     model = tiny("bert")
     first = "encoder.layer.0.output.dense"
-    record_shapes_(model, {first}, {"encoder.layer.0": {"width": 3}})
-    record_shapes_(model, {"encoder.layer.1.output.dense"}, {"encoder.layer.0": {"more": 4}})
+    record_shapes_(model, Changes({first}, attributes={"encoder.layer.0": {"width": 3}}))
+    changes = Changes({"encoder.layer.1.output.dense"}, attributes={"encoder.layer.0": {"more": 4}})
+    record_shapes_(model, changes)
     shapes = get_shapes(model)
     assert shapes["modules"][first] == {"out": 32, "in": 48}
     assert len(shapes["modules"]) == 2

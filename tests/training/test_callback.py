@@ -14,7 +14,8 @@ from transformers import (
 
 from hf_prune import DistillCallback, KeepZeros, PruneCallback, remove_units, save_model
 from hf_prune.errors import ConfigError
-from hf_prune.weights import find_weights, magnitude_masks
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import magnitude_masks
 
 SCHEDULE = {"kind": "cubic", "start": 0.0, "end": 0.6, "every": 2}
 

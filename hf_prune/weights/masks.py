@@ -1,52 +1,20 @@
-"""Single weights: which entries of a matrix stay, on any module, and how zeros stay zero."""
+"""Masks of single weights: made from magnitudes, written as zeros, counted."""
 
-import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import ConfigError, NumericsError, PlanError
-from hf_prune.recipe import Prune, count_to_remove, did_you_mean
-
-PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules whose `weight` can lose single entries."""
+from hf_prune.recipe import count_to_remove, did_you_mean
+from hf_prune.weights.patterns import Pattern, keep
 
 Masks = dict[str, Tensor]
 """By parameter name; True = keep, in the shape of the parameter."""
 
 
-def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The prunable weight matrices of any module, each shared one once.
-
-    Args:
-        model: any `nn.Module`.
-        ignore: shell patterns of parameter names to leave out, such as `classifier.*`.
-
-    Returns:
-        By name, in the order of the model. A matrix that an embedding shares is left out.
-    """
-    taken = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        if not isinstance(module, PRUNABLE):
-            continue
-        name = f"{prefix}.weight" if prefix else "weight"
-        weight = module.weight
-        if id(weight) in taken or any(fnmatch.fnmatch(name, pattern) for pattern in ignore):
-            continue
-        taken.add(id(weight))
-        found[name] = weight
-    return found
-
-
 def _keep_largest(scores: Tensor, removed: int) -> Tensor:
-    """True for all but the `removed` smallest, by rank and not by threshold: the count is exact."""
-    order = torch.argsort(scores.flatten(), stable=True)
-    mask = torch.ones(order.numel(), dtype=torch.bool, device=scores.device)
-    mask[order[:removed]] = False
-    return mask.view(scores.shape)
+    return keep(scores.reshape(1, -1), removed, Pattern()).view(scores.shape)
 
 
 def magnitude_masks(
@@ -90,9 +58,7 @@ def magnitude_masks(
 
 
 WEIGHT_SOLVERS = ("global", "uniform")
-"""Solvers that stages of single weights can name."""
-WEIGHT_CRITERIA = ("magnitude",)
-"""Criteria that stages of single weights can name."""
+"""Solvers that `magnitude_masks` can name."""
 
 
 @torch.no_grad()
@@ -116,17 +82,3 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def count_kept(masks: Mapping[str, Tensor]) -> dict[str, int]:
     """How many entries stay, by name."""
     return {name: int(mask.sum()) for name, mask in masks.items()}
-
-
-def check_weight_stage(stage: Prune) -> None:
-    """Refuse a criterion or solver that single weights do not have.
-
-    Raises:
-        ConfigError: with the closest name, and all the names there are.
-    """
-    for kind, name, known in (
-        ("criterion", stage.criterion, WEIGHT_CRITERIA),
-        ("solver", stage.solver, WEIGHT_SOLVERS),
-    ):
-        if name not in known:
-            raise ConfigError(f"unknown {kind} {name!r} for weights{did_you_mean(name, known)}")

@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_prune.errors import ConfigError, NumericsError, PlanError
-from hf_prune.recipe import Prune
-from hf_prune.weights import (
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import (
     apply_masks_,
-    check_weight_stage,
     count_kept,
-    find_weights,
     magnitude_masks,
 )
 
@@ -116,12 +114,3 @@ def test_masks_of_another_model():
         apply_masks_(model, {"x": torch.ones(2, 3, dtype=torch.bool)})
     with pytest.raises(PlanError, match=r"shape \[3, 2\], the model has \[2, 3\]"):
         apply_masks_(model, {"weight": torch.ones(3, 2, dtype=torch.bool)})
-
-
-def test_what_a_stage_of_weights_can_name():
-    check_weight_stage(Prune(units=("weights",), sparsity=0.5, criterion="magnitude"))
-    with pytest.raises(ConfigError, match="unknown criterion 'kfac_obs' for weights"):
-        check_weight_stage(Prune(units=("weights",), sparsity=0.5))
-    stage = Prune(units=("weights",), sparsity=0.5, criterion="magnitude", solver="globel")
-    with pytest.raises(ConfigError, match="unknown solver 'globel' for weights; did you mean 'glo"):
-        check_weight_stage(stage)

@@ -1,0 +1,356 @@
+"""Building a model again from what its config says: narrowed modules, heads that kept their bias.
+
+The description is keyed by module path from the base model, with absolute sizes. It needs no
+knowledge of the family, and it is checked against the model in full before any of it is acted on.
+
+This module is also saved beside models that are to load without hf_prune. So it imports nothing of
+ours but an error.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune.errors import CheckpointError
+
+QUANT_METHOD = "hf_prune"
+"""The name under which transformers finds our loader."""
+SHAPES_VERSION = 1
+"""Version of the description."""
+MAX_ENTRIES = 1 << 20
+"""More modules, and more heads, than any model has."""
+TABLES = ("modules", "attributes", "parameters", "heads")
+"""The tables that a description may have."""
+KEY = "quantization_config"
+"""The key of the config under which the description stands."""
+
+
+class ConfigView:
+    """A config of which one module sees some values differently; all else is the config's own."""
+
+    def __init__(self, config: Any, values: dict[str, int]) -> None:
+        object.__setattr__(self, "_config", config)
+        object.__setattr__(self, "_values", values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_values"):  # while being copied
+            raise AttributeError(name)
+        values = self._values
+        return values[name] if name in values else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._config, name)
+
+
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """What a module keeps about itself under a name; `config.x` is `x` of its config."""
+    head, dot, key = name.partition(".")
+    if not dot:
+        return vars(module).get(name)
+    config = vars(module).get("config")
+    if head != "config" or not isinstance(config, (PreTrainedConfig, ConfigView)):
+        return None
+    return getattr(config, key, None)
+
+
+def set_attribute_(module: nn.Module, name: str, value: int) -> None:
+    """Set what `get_attribute` gets. A key of the config is set in a view of the module's own."""
+    _, dot, key = name.partition(".")
+    if not dot:
+        setattr(module, name, value)
+    else:
+        config: Any = module.config
+        if not isinstance(config, ConfigView):
+            config = ConfigView(config, {})
+            module.config = config
+        config._values[key] = value
+
+
+class MPNetKeptHeads(nn.Module):
+    """Attention that takes its share of a position bias computed for all heads."""
+
+    kept_heads: list[int]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the class does that is swapped for this one."""
+        if position_bias is not None:
+            position_bias = position_bias[:, self.kept_heads]  # [B, H, T, T] -> [B, kept, T, T]
+        return super().forward(hidden_states, attention_mask, position_bias, **kwargs)
+
+
+class T5KeptHeads(nn.Module):
+    """Attention that takes its share of a shared position bias, and passes all of it on.
+
+    In cross-attention the bias is zero and each layer makes its own. Each passes on one head of it,
+    which fits any layer that was not narrowed.
+    """
+
+    kept_heads: list[int]
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The bias of the heads that are left, `[1, kept, T, T]`."""
+        bias: Tensor = super().compute_bias(*args, **kwargs)  # type: ignore[misc]  # of T5Attention
+        return bias[:, self.kept_heads]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the class does that is swapped for this one."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        cross = key_value_states is not None
+        given = None if cross else position_bias
+        narrow = None if given is None else given[:, self.kept_heads]
+        output, bias, weights = super().forward(
+            hidden_states, mask, key_value_states, narrow, past_key_values, **kwargs
+        )
+        if cross:
+            bias = bias[:, :1]  # [1, kept, T, S] of zeros -> [1, 1, T, S]
+        elif given is not None:
+            bias = given
+        else:
+            sizes = hidden_states.shape[1], bias.shape[-1]
+            bias = super().compute_bias(*sizes, device=bias.device, past_seen_tokens=past)  # type: ignore[misc]  # of T5Attention
+        return output, bias, weights
+
+
+KEPT_HEADS: dict[str, tuple[type[nn.Module], str]] = {
+    "t5": (T5KeptHeads, "n_heads"),
+    "mpnet": (MPNetKeptHeads, "num_attention_heads"),
+}
+"""By the way that a position bias takes: what attention becomes, and its count of heads."""
+
+
+_JOINED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _joined(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """The one class that is both; made once, so that equal models have equal classes."""
+    if (mixin, cls) not in _JOINED:
+        _JOINED[mixin, cls] = type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})
+    return _JOINED[mixin, cls]
+
+
+def keep_heads_(module: nn.Module, bias: str, kept: list[int]) -> None:
+    """Make a narrowed attention slice the position bias that all layers share.
+
+    Args:
+        module: the attention.
+        bias: a key of `KEPT_HEADS`.
+        kept: the heads that are left, in the numbering of the dense model.
+    """
+    mixin, _ = KEPT_HEADS[bias]
+    if not isinstance(module, mixin):
+        module.__class__ = _joined(mixin, type(module))
+    module.kept_heads = kept  # type: ignore[assignment]  # nn.Module types what it holds as modules
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_selection(value: object) -> bool:
+    """Whether it is a list of sorted indices, each of them once, and at least one."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_ENTRIES:
+        return False
+    return all(map(_is_size, value)) and value[0] >= 0 and all(a < b for a, b in pairwise(value))
+
+
+def _table(shapes: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
+    """One table of a description, with entries of one kind."""
+    value = shapes.get(key, {})
+    if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
+        raise CheckpointError(f"{KEY}.{key} is not a table of modules.")
+    for name, entry in value.items():
+        if not isinstance(name, str) or not isinstance(entry, kind):
+            what = "table" if kind is dict else "list"
+            raise CheckpointError(f"{KEY}.{key}[{name!r}] is not a {what}.")
+    return value
+
+
+def _check_sizes(where: str, entry: Mapping[Any, Any]) -> None:
+    for name, size in entry.items():
+        if not isinstance(name, str) or not _is_size(size):
+            raise CheckpointError(f"{where}.{name} = {size!r} is not an integer.")
+        if size < 1:
+            raise CheckpointError(f"{where}.{name} = {size} is not positive.")
+
+
+def _check_heads(where: str, entry: Mapping[Any, Any]) -> None:
+    bias, kept = entry.get("bias"), entry.get("kept")
+    if set(entry) != {"bias", "kept"} or bias not in KEPT_HEADS:
+        raise CheckpointError(f"{where} must have 'kept' and a 'bias' of {sorted(KEPT_HEADS)}.")
+    if not _is_selection(kept):
+        raise CheckpointError(f"{where}.kept is not a sorted list of heads, each of them once.")
+
+
+def check_shapes(shapes: Mapping[str, Any]) -> None:
+    """Check a description by itself: version, tables, kinds of value, signs.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    version = shapes.get("version")
+    if type(version) is not int or version != SHAPES_VERSION:
+        raise CheckpointError(
+            f"{KEY}.version is {shapes.get('version')!r}; this hf_prune reads "
+            f"version {SHAPES_VERSION}. A newer checkpoint needs a newer hf_prune."
+        )
+    for name, entry in _table(shapes, "modules", dict).items():
+        _check_sizes(f"{KEY}.modules[{name!r}]", entry)
+        if set(entry) != {"out", "in"}:
+            raise CheckpointError(f"{KEY}.modules[{name!r}] must have 'out' and 'in'.")
+    for name, entry in _table(shapes, "attributes", dict).items():
+        _check_sizes(f"{KEY}.attributes[{name!r}]", entry)
+    for name, sizes in _table(shapes, "parameters", list).items():
+        _check_sizes(f"{KEY}.parameters[{name!r}]", {str(i): s for i, s in enumerate(sizes)})
+    for name, entry in _table(shapes, "heads", dict).items():
+        _check_heads(f"{KEY}.heads[{name!r}]", entry)
+
+
+def resolve(base: nn.Module, name: str) -> nn.Module:
+    """The module that a description names.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    try:
+        return base.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{KEY} names {name!r}, and {type(base).__name__} has no such module."
+        ) from error
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """The logical `[out, in]` of a `Linear` or `Conv1D`."""
+    shape = module.weight.shape
+    out, inputs = reversed(shape) if isinstance(module, Conv1D) else shape  # type: ignore[arg-type,misc]  # two sizes
+    return int(out), int(inputs)
+
+
+def _check_module(name: str, module: nn.Module, entry: Mapping[str, int]) -> None:
+    if type(module) not in (nn.Linear, Conv1D):
+        raise CheckpointError(
+            f"{name} is a {type(module).__name__}; only Linear and Conv1D are resized."
+        )
+    out, inputs = _sizes(module)
+    if entry["out"] > out or entry["in"] > inputs:
+        raise CheckpointError(
+            f"{name}: the config asks for [{entry['out']}, {entry['in']}], the model has only "
+            f"[{out}, {inputs}]. Pruning makes matrices smaller."
+        )
+
+
+def _check_attribute(name: str, module: nn.Module, attribute: str, value: int) -> None:
+    current = get_attribute(module, attribute)
+    if not _is_size(current) or attribute.startswith("_") or "._" in attribute:
+        raise CheckpointError(f"{name}.{attribute} is not a size that can be set.")
+    if value > current:
+        raise CheckpointError(f"{name}.{attribute} = {value} is larger than the model's {current}.")
+
+
+def _check_parameter(base: nn.Module, name: str, sizes: list[int]) -> None:
+    path, _, last = name.rpartition(".")
+    parameter = resolve(base, path)._parameters.get(last)
+    if parameter is None:
+        raise CheckpointError(f"{KEY} names {name!r}, and the model has no such parameter.")
+    has = list(parameter.shape)
+    if len(sizes) != len(has) or any(a > b for a, b in zip(sizes, has, strict=True)):
+        raise CheckpointError(
+            f"{name}: the config asks for {sizes}, the model has only {has}. "
+            "Pruning makes matrices smaller."
+        )
+
+
+def _check_kept(
+    name: str, module: nn.Module, entry: Mapping[str, Any], attributes: Mapping[str, int]
+) -> None:
+    mixin, count = KEPT_HEADS[entry["bias"]]
+    cls, needed = type(module), "compute_bias" if entry["bias"] == "t5" else "forward"
+    current = vars(module).get(count)
+    if issubclass(cls, mixin) or not hasattr(cls, needed) or not _is_size(current):
+        raise CheckpointError(f"{name} is a {cls.__name__}, which shares no position bias.")
+    if entry["kept"][-1] >= current or len(entry["kept"]) != attributes.get(count):
+        raise CheckpointError(
+            f"{KEY}.heads[{name!r}].kept does not fit: {len(entry['kept'])} of {current} heads, "
+            f"and {count} = {attributes.get(count)}."
+        )
+
+
+def _check_all(base: nn.Module, shapes: Mapping[str, Any]) -> None:
+    check_shapes(shapes)
+    attributes = shapes.get("attributes", {})
+    for name, entry in shapes.get("modules", {}).items():
+        _check_module(name, resolve(base, name), entry)
+    for name, entry in attributes.items():
+        holder = resolve(base, name)
+        for attribute, value in entry.items():
+            _check_attribute(name, holder, attribute, value)
+    for name, sizes in shapes.get("parameters", {}).items():
+        _check_parameter(base, name, sizes)
+    for name, entry in shapes.get("heads", {}).items():
+        _check_kept(name, resolve(base, name), entry, attributes.get(name, {}))
+
+
+def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
+    """Narrow a freshly built model (on `meta` or not) to the widths of a description.
+
+    All of it is checked first; nothing is changed, and no memory allocated, when a part is wrong.
+
+    Raises:
+        CheckpointError: naming the key that is wrong.
+    """
+    base = model.base_model
+    _check_all(base, shapes)
+    for name, entry in shapes.get("modules", {}).items():
+        _resize_(base.get_submodule(name), entry["out"], entry["in"])
+    for name, sizes in shapes.get("parameters", {}).items():
+        path, _, last = name.rpartition(".")
+        module = base.get_submodule(path)
+        old = module._parameters[last]
+        assert old is not None  # noqa: S101  # checked
+        setattr(module, last, nn.Parameter(old.new_empty(sizes), requires_grad=old.requires_grad))
+    for name, entry in shapes.get("attributes", {}).items():
+        for attribute, value in entry.items():
+            set_attribute_(base.get_submodule(name), attribute, value)
+    for name, entry in shapes.get("heads", {}).items():
+        keep_heads_(base.get_submodule(name), entry["bias"], list(entry["kept"]))
+
+
+def update_sizes_(module: nn.Module) -> None:
+    """Make what a layer says of itself agree with its weight."""
+    if isinstance(module, Conv1D):
+        module.nf, module.nx = _sizes(module)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = _sizes(module)
+
+
+def _resize_(module: nn.Module, out: int, inputs: int) -> None:
+    """Give a layer uninitialised weights of another size, where its weights are now."""
+    old = module.weight
+    assert isinstance(old, Tensor)  # noqa: S101  # checked by _check_module
+    shape = (inputs, out) if isinstance(module, Conv1D) else (out, inputs)
+    module.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+    if isinstance(module.bias, Tensor):
+        module.bias = nn.Parameter(module.bias.new_empty(out), requires_grad=old.requires_grad)
+    update_sizes_(module)

@@ -1,0 +1,1 @@
+"""Which single weights stay, and what should the rest become?"""

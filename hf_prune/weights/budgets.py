@@ -1,0 +1,181 @@
+"""Budgets: how many entries each matrix loses, so that all of them together lose what was asked."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.budget.knapsack import knapsack
+from hf_prune.errors import ConfigError
+from hf_prune.recipe import count_to_remove
+from hf_prune.weights.find import Matrix
+from hf_prune.weights.patterns import Pattern, keep, removed_by
+from hf_prune.weights.problem import Options, data_free_scores
+from hf_prune.weights.sensitivity import Sensitivity, measure_sensitivity
+from hf_prune.weights.solvers import Problem, wanda
+from hf_prune.weights.walk import Inputs
+
+BUDGETS = ("uniform", "global", "outliers", "knapsack")
+"""Budgets that a stage of single weights can name as its solver."""
+Removed = dict[str, list[int]]
+"""Entries to remove from each group of each matrix, by parameter name."""
+
+OUTLIER = 5.0
+"""A score this many times the mean of its matrix is an outlier (5 to 10 in the paper)."""
+OUTLIER_RANGE = 0.08
+"""Sparsities differ by at most this from the mean; the figure of the paper."""
+KEPT_SHARES = (2.5, 1.7, 1.3, 1.0, 0.75, 0.5, 0.3)
+"""Where error curves are measured: shares of what a uniform budget keeps."""
+STEPS = 8
+"""Levels between two measured ones, where the log of the error is a straight line."""
+
+
+def uniform(matrices: Sequence[Matrix], sparsity: float, pattern: Pattern) -> Removed:
+    """The same share of every matrix: experts and groups of convolutions count as matrices."""
+    result = {}
+    for matrix in matrices:
+        groups, rows, columns = matrix.view(matrix.parameter).shape
+        result[matrix.name] = [removed_by(pattern, (rows, columns), sparsity)] * groups
+    return result
+
+
+def _one_ranking(matrices: Sequence[Matrix], sparsity: float, options: Options) -> Removed:
+    """One ranking of all weights by their scores; each matrix loses its share of the smallest."""
+    parts = []
+    for matrix in matrices:
+        for group, weight in enumerate(matrix.view(matrix.parameter.detach())):
+            found = options.scores.get(matrix.name)
+            parts.append(
+                data_free_scores(options.criterion, matrix.name, group, weight, options.seed)
+                if found is None
+                else found[group]
+            )
+    flat = torch.cat([part.float().flatten().cpu() for part in parts])
+    kept = keep(flat.view(1, -1), count_to_remove(sparsity, flat.numel()), Pattern()).flatten()
+    counts = [int((~piece).sum()) for piece in kept.split([part.numel() for part in parts])]
+    result, place = {}, 0
+    for matrix in matrices:
+        groups = matrix.view(matrix.parameter).shape[0]
+        result[matrix.name] = counts[place : place + groups]
+        place += groups
+    return result
+
+
+def _spread(matrix: Matrix, removed: int) -> list[int]:
+    """A count for all groups of a matrix, spread evenly over them."""
+    groups = matrix.view(matrix.parameter).shape[0]
+    each, extra = divmod(removed, groups)
+    return [each + (group < extra) for group in range(groups)]
+
+
+def _exactly(matrices: Sequence[Matrix], counts: Mapping[str, int], total: int) -> Removed:
+    """Move counts by what rounding left, largest matrix first, so that their sum is exact."""
+    fixed = dict(counts)
+    spare = total - sum(fixed.values())
+    for matrix in sorted(matrices, key=lambda item: -item.numel):
+        room = max(-fixed[matrix.name], min(spare, matrix.numel - 1 - fixed[matrix.name]))
+        fixed[matrix.name] += room
+        spare -= room
+    return {matrix.name: _spread(matrix, fixed[matrix.name]) for matrix in matrices}
+
+
+def _by_outliers(
+    matrices: Sequence[Matrix], sparsity: float, known: Mapping[str, Sensitivity]
+) -> Removed:
+    """Less from matrices with many outliers among `|W| * norm of the input`.
+
+    Source: OWL, Yin et al. 2023, arXiv:2310.05175, who do this for whole layers.
+    """
+    shares = []
+    for matrix in matrices:
+        weights = matrix.view(matrix.parameter.detach())
+        norms = [gram.diagonal().sqrt() for gram in known[matrix.name].grams]
+        scores = torch.stack([w.float().abs() * n for w, n in zip(weights, norms, strict=True)])
+        shares.append(float((scores > OUTLIER * scores.mean()).float().mean()))
+    low, high = min(shares), max(shares)
+    scaled = [(s - low) / (high - low or 1) * 2 * OUTLIER_RANGE for s in shares]
+    sizes = [matrix.numel for matrix in matrices]
+    mean = sum(a * n for a, n in zip(scaled, sizes, strict=True)) / sum(sizes)
+    counts = {
+        m.name: int(min(max(sparsity + mean - share, 0.0), 0.999) * m.numel)
+        for m, share in zip(matrices, scaled, strict=True)
+    }
+    return _exactly(matrices, counts, count_to_remove(sparsity, sum(sizes)))
+
+
+def _error_curve(
+    matrix: Matrix, sparsity: float, known: Sensitivity, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Entries kept `[levels]`, and what each level costs: error times the weight of its outputs."""
+    shares = [min(share * (1 - sparsity), 0.98) for share in KEPT_SHARES]
+    points = []
+    for share in shares:
+        total = 0.0
+        for weight, gram in zip(matrix.view(matrix.parameter.detach()), known.grams, strict=True):
+            damping = ridge * float(gram.diagonal().mean().clamp(min=1e-12))
+            damped = gram + damping * torch.eye(gram.shape[0], device=gram.device)
+            removed = count_to_remove(1 - share, weight.numel())
+            problem = Problem(weight.float(), damped, Pattern(), removed)
+            total += float(problem.error(wanda(problem, 8)[0]).sum())
+        points.append(max(total, 1e-30))
+    kept, errors = [], []
+    logs = torch.tensor(points, dtype=torch.float64).log()
+    for index in range(len(shares) - 1):
+        for step in range(STEPS):
+            part = step / STEPS
+            share = shares[index] * (1 - part) + shares[index + 1] * part
+            kept.append(int(share * matrix.numel))
+            errors.append(float((logs[index] * (1 - part) + logs[index + 1] * part).exp()))
+    return torch.tensor(kept), torch.tensor(errors, dtype=torch.float64) * known.weight
+
+
+def _by_knapsack(
+    matrices: Sequence[Matrix], sparsity: float, known: Mapping[str, Sensitivity], ridge: float
+) -> Removed:
+    """The least sum of layer errors, each weighted by how much the outputs of the model feel it."""
+    total = sum(matrix.numel for matrix in matrices)
+    asked = count_to_remove(sparsity, total)
+    curves = [_error_curve(m, sparsity, known[m.name], ridge) for m in matrices]
+    levels = knapsack([c[0] for c in curves], [c[1] for c in curves], total - asked)
+    if levels is None:
+        raise ConfigError(f"sparsity={sparsity:g} is out of the range of the error curves.")
+    counts = {
+        m.name: m.numel - int(curve[0][level])
+        for m, curve, level in zip(matrices, curves, levels, strict=True)
+    }
+    return _exactly(matrices, counts, asked)
+
+
+def allot(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    budget: str,
+    sparsity: float,
+    options: Options,
+    batches: Sequence[Inputs] = (),
+) -> Removed:
+    """Entries to remove from each matrix, in all exactly what `sparsity` asks for.
+
+    Args:
+        model: dense, and not changed.
+        matrices: from `find_matrices`.
+        budget: one of `BUDGETS`.
+        sparsity: fraction of all entries, in [0, 1).
+        options: of the stage.
+        batches: read by `outliers` and `knapsack`.
+
+    Raises:
+        ConfigError: for a sparsity outside [0, 1), or a budget that the pattern has no room for.
+    """
+    if not 0 <= sparsity < 1:
+        raise ConfigError(f"sparsity={sparsity:g} is outside [0, 1). It is a fraction.")
+    if budget == "global":
+        return _one_ranking(matrices, sparsity, options)
+    if budget == "uniform" or sparsity == 0:
+        return uniform(matrices, sparsity, options.pattern)
+    if any(matrix.kind == "embedding" for matrix in matrices):
+        raise ConfigError(f"solver {budget!r} has no error for embeddings: use uniform or global.")
+    known = measure_sensitivity(model, matrices, batches, options.seed)
+    if budget == "outliers":
+        return _by_outliers(matrices, sparsity, known)
+    return _by_knapsack(matrices, sparsity, known, options.ridge)

@@ -1,0 +1,140 @@
+"""Which matrices of a module can lose single weights, and how each is seen as rows of inputs.
+
+Works on any `nn.Module`: linear layers, `Conv1D`, convolutions, recurrent matrices, packed experts,
+and embeddings where they are asked for. A matrix that several modules share is found once.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune.errors import ConfigError
+from hf_prune.recipe import did_you_mean
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+"""Names under which transformers packs the matrices of all experts of a layer, `[X, R, C]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One prunable parameter.
+
+    `groups` is how many independent matrices it holds: experts, or the groups of a convolution.
+    """
+
+    name: str
+    module: str
+    kind: str
+    parameter: Tensor
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Entries of all groups."""
+        return self.parameter.numel()
+
+    def view(self, values: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as `[groups, R, C]`: rows are outputs. Never a copy."""
+        if self.kind == "experts":
+            return values.transpose(1, 2) if self.transposed else values  # [X, R, C]
+        if self.transposed:
+            return values.T.unsqueeze(0)  # [C, R] -> [1, R, C]
+        rows = values.shape[0] // self.groups
+        return values.reshape(values.shape[0], -1).view(self.groups, rows, -1)  # [G, R, C]
+
+
+def _experts(prefix: str, module: nn.Module) -> Iterator[Matrix]:
+    transposed = bool(getattr(module, "is_transposed", False))
+    for key in EXPERTS:
+        parameter = getattr(module, key, None)
+        if isinstance(parameter, nn.Parameter) and parameter.ndim == 3:
+            name = f"{prefix}.{key}" if prefix else key
+            yield Matrix(name, prefix, "experts", parameter, parameter.shape[0], transposed)
+
+
+def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]:
+    name = f"{prefix}.weight" if prefix else "weight"
+    if isinstance(module, nn.Linear):
+        yield Matrix(name, prefix, "linear", module.weight)
+    elif isinstance(module, Conv1D):
+        yield Matrix(name, prefix, "linear", module.weight, transposed=True)
+    elif isinstance(module, CONVOLUTIONS):
+        yield Matrix(name, prefix, "convolution", module.weight, module.groups)
+    elif isinstance(module, RECURRENT):
+        for key, parameter in module.named_parameters(recurse=False):
+            if key.startswith("weight"):
+                yield Matrix(f"{prefix}.{key}" if prefix else key, prefix, "recurrent", parameter)
+    elif isinstance(module, nn.Embedding) and embeddings:
+        yield Matrix(name, prefix, "embedding", module.weight)
+    else:
+        yield from _experts(prefix, module)
+
+
+def _matches(matrix: Matrix, module: nn.Module, patterns: Sequence[str]) -> bool:
+    names = (matrix.name, matrix.module, type(module).__name__)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def find_matrices(
+    model: nn.Module,
+    *,
+    targets: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    embeddings: bool = False,
+) -> list[Matrix]:
+    """The prunable matrices of any module, in its order, each shared one once.
+
+    Args:
+        model: any `nn.Module`.
+        targets: shell patterns; a matrix is taken if one fits the name of its parameter, the name
+            of its module, or the class of its module (`Linear`). All are, if none is given.
+        ignore: the same, for what is left alone.
+        embeddings: take embeddings too. Otherwise what an embedding shares is left alone.
+
+    Raises:
+        ConfigError: when nothing is left, or a target fits nothing at all.
+    """
+    taken: set[int] = set()
+    if not embeddings:
+        taken = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found: list[Matrix] = []
+    seen: list[tuple[Matrix, nn.Module]] = []
+    for prefix, module in model.named_modules():
+        for matrix in _of(prefix, module, embeddings=embeddings):
+            if id(matrix.parameter) in taken:
+                continue
+            taken.add(id(matrix.parameter))
+            seen.append((matrix, module))
+            if targets and not _matches(matrix, module, targets):
+                continue
+            if not _matches(matrix, module, ignore):
+                found.append(matrix)
+    for target in targets:
+        if not any(_matches(matrix, module, [target]) for matrix, module in seen):
+            names = [matrix.name for matrix, _ in seen]
+            raise ConfigError(f"targets: nothing is called {target!r}{did_you_mean(target, names)}")
+    return found
+
+
+def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The prunable weights of any module by parameter name, in its order, each shared one once.
+
+    Args:
+        model: any `nn.Module`.
+        ignore: shell patterns of parameters, modules or classes to leave out, such as
+            `classifier.*`.
+    """
+    return {matrix.name: matrix.parameter for matrix in find_matrices(model, ignore=ignore)}
+
+
+def set_values_(matrix: Matrix, group: int, values: Tensor) -> None:
+    """Write the `[R, C]` values of one group into the parameter, in its dtype and layout."""
+    with torch.no_grad():
+        matrix.view(matrix.parameter.data)[group].copy_(values)

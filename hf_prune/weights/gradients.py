@@ -1,0 +1,95 @@
+"""Scores of single weights that read gradients, collected before anything is pruned."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune.errors import DataError, NumericsError
+from hf_prune.statistics.batches import forward_kwargs, main_input, to_device, token_mask
+from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.statistics.projection import project_logits
+from hf_prune.weights.find import Matrix
+from hf_prune.weights.walk import Inputs, call_model
+
+
+def output_tensor(value: object) -> Tensor:
+    """The tensor that a module gives: logits, or the first of what it gives."""
+    if isinstance(value, Mapping):
+        value = value.get("logits", next(iter(value.values())))
+    if isinstance(value, tuple):
+        value = value[0]
+    assert isinstance(value, Tensor)  # noqa: S101  # what modules give
+    return value
+
+
+def projected(model: nn.Module, batch: Inputs, seed: int) -> Tensor:
+    """A random projection of the outputs of each example, summed."""
+    output = output_tensor(call_model(model, batch))
+    if isinstance(model, PreTrainedModel) and isinstance(batch, Mapping):
+        moved = to_device(batch, model.device)
+        mask = token_mask(model, moved)
+        return project_logits(output, main_input(model, moved), mask, seed).sum()
+    signs = torch.randint(
+        2, output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int64
+    )
+    return (output * (signs.to(output.device) * 2 - 1)).sum()
+
+
+def _loss(model: nn.Module, batch: Inputs) -> Tensor:
+    if not isinstance(model, PreTrainedModel) or not isinstance(batch, Mapping):
+        raise DataError(
+            "criterion 'sensitivity' needs the loss of a transformers model on batches with "
+            "labels. Use 'fisher_diagonal' for other modules: it needs no labels."
+        )
+    if "labels" not in batch:
+        raise DataError("criterion 'sensitivity' needs labels in every batch.")
+    loss = model(**forward_kwargs(model, to_device(batch, model.device), labels=True)).loss
+    assert isinstance(loss, Tensor)  # noqa: S101  # labels were given
+    return loss
+
+
+def gradient_scores(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    batches: Sequence[Inputs],
+    criterion: str,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Scores `[G, R, C]` of each matrix; higher = keep.
+
+    `sensitivity` is `|w * dL/dw|`, to first order what the loss changes by if a weight were zeroed,
+    with the gradient averaged over batches (Lee et al. 2018, arXiv:1810.02340; Molchanov et al.
+    2019, arXiv:1906.10771). `fisher_diagonal` is `w^2 * mean (d(v . z)/dw)^2` for random
+    projections `v . z` of the outputs of each batch, half of the second-order change of the
+    outputs; it needs no labels.
+
+    Raises:
+        DataError: when there is no batch, or none with labels where they are needed.
+        NumericsError: when a gradient is not finite, naming the parameter.
+    """
+    if not batches:
+        raise DataError(f"criterion {criterion!r} needs calibration batches.")
+    sums = {m.name: torch.zeros_like(m.parameter, dtype=torch.float32) for m in matrices}
+    training = model.training
+    model.eval()
+    parameters = [matrix.parameter for matrix in matrices]
+    for index, batch in enumerate(batches):
+        with torch.enable_grad():
+            first_order = criterion == "sensitivity"
+            value = _loss(model, batch) if first_order else projected(model, batch, seed + index)
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        for matrix, gradient in zip(matrices, found, strict=True):
+            if gradient is not None:
+                sums[matrix.name] += gradient if first_order else gradient.square()
+    model.train(training)
+    result = {}
+    for matrix in matrices:
+        total = sum_over_processes(sums[matrix.name]) / len(batches)
+        if not torch.isfinite(total).all():
+            raise NumericsError(f"{matrix.name}: the gradient is not finite.")
+        weight = matrix.parameter.detach().float()
+        scores = (weight * total).abs() if criterion == "sensitivity" else weight.square() * total
+        result[matrix.name] = matrix.view(scores.contiguous())
+    return result

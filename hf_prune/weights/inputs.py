@@ -1,0 +1,289 @@
+"""What the matrices of a module are multiplied with, as rows: one row per token, pixel or step.
+
+A linear layer sees its input as it is; a convolution sees patches; a recurrent matrix sees a step
+of the sequence, or the state before it; an expert sees the tokens that were routed to it.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+from torch.utils.hooks import RemovableHandle
+
+from hf_prune.errors import UnsupportedModelError
+from hf_prune.statistics.streams import Call, first_tensor
+from hf_prune.weights.find import Matrix
+
+
+@dataclass
+class Trace:
+    """What some modules were called with in one run, and the sums of residual and output."""
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Stop(Exception):
+    """Ends a run whose rest nobody needs."""
+
+
+def _keep_call(trace: Trace, name: str, *, stop: bool) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trace.calls.setdefault(name, []).append(Call(args, kwargs))
+        trace.order.append(name)
+        if stop:
+            raise Stop
+
+    return hook
+
+
+def _keep_output(store: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        store[name] = first_tensor(output)
+
+    return hook
+
+
+def _keep_input(store: dict[str, Tensor], name: str, *, stop: bool) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        store[name] = args[0]
+        if stop:
+            raise Stop
+
+    return hook
+
+
+@contextmanager
+def traced(
+    root: nn.Module,
+    modules: Sequence[str],
+    sums: Mapping[str, str] | None = None,
+    stop_after: str | None = None,
+) -> Iterator[Trace]:
+    """Watch modules of `root` inside a `with` block. `Stop` ends the block early and quietly.
+
+    Args:
+        root: in which names are looked up; "" is `root` itself.
+        modules: whose calls are kept.
+        sums: for some of them, the module whose input is the sum of residual and output; "" = that
+            sum is the output of `root`.
+        stop_after: the module at whose call (or, if it has one, at whose sum) the run ends: the
+            rest is not needed.
+    """
+    trace, handles = Trace(), list[RemovableHandle]()
+    for name in modules:
+        hook = _keep_call(trace, name, stop=name == stop_after and name not in (sums or {}))
+        module = root.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    for name, at in (sums or {}).items():
+        module, where = root.get_submodule(name), root.get_submodule(at)
+        handles.append(module.register_forward_hook(_keep_output(trace.outputs, name)))
+        handles.append(
+            where.register_forward_pre_hook(
+                _keep_input(trace.totals, name, stop=name == stop_after)
+            )
+            if at
+            else where.register_forward_hook(_keep_output(trace.totals, name))
+        )
+    try:
+        yield trace
+    except Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Replay:
+    """Outputs of modules that will not change any more, so that later runs need not compute them.
+
+    Kept for one block, by batch and module.
+    """
+
+    outputs: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
+
+    @contextmanager
+    def on(self, root: nn.Module, index: int, names: Sequence[str]) -> Iterator[None]:
+        """Inside a `with` block, modules give what they gave for batch `index` before, if known."""
+        handles, replaced = list[RemovableHandle](), list[nn.Module]()
+        for name in names:
+            module = root.get_submodule(name)
+            known = self.outputs.get((index, name))
+            if known is None:
+                fresh = self.outputs[index, name] = []
+                handles.append(module.register_forward_hook(_append_output(fresh)))
+            else:
+                module.forward = _give(iter(known))
+                replaced.append(module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in replaced:
+                del module.forward
+
+
+def _append_output(store: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        store.append(output)
+
+    return hook
+
+
+def _give(values: Iterator[Tensor]) -> Any:
+    return lambda *args, **kwargs: next(values)
+
+
+def main_tensor(module: nn.Module, call: Call) -> Tensor:
+    """The first argument of a call, wherever it stands."""
+    value = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    if not isinstance(value, Tensor):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was called with a {type(value).__name__}; only tensors are "
+            "followed. Pass padded tensors instead of packed sequences."
+        )
+    return value
+
+
+def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
+    """`[..., C]` as `[rows, C]`, without padding where `value` is `[B, T, C]`."""
+    if mask is not None and value.ndim == 3 and value.shape[:2] == mask.shape:
+        return value[mask.to(value.device)]
+    return value.reshape(-1, value.shape[-1])
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, value: Tensor) -> Tensor:
+    """The patches that a convolution multiplies, `[G, B * positions, C]`."""
+    if value.ndim == len(module.kernel_size) + 1:
+        value = value.unsqueeze(0)  # unbatched
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    value = pad(value, module._reversed_padding_repeated_twice, mode=mode)
+    sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(sizes):
+        value = value.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    dims = len(module.kernel_size)
+    value = value.unflatten(1, (module.groups, -1))  # [B, G, I, *positions, *kernel]
+    positions = range(3, 3 + dims)
+    kernel = range(3 + dims, 3 + 2 * dims)
+    value = value.permute(1, 0, *positions, 2, *kernel)  # [G, B, *positions, I, *kernel]
+    return value.flatten(2 + dims).flatten(1, 1 + dims)  # [G, B * positions, I * kernel]
+
+
+def _one_layer(module: nn.RNNBase, layer: int, *, reverse: bool) -> nn.RNNBase:
+    """One layer and direction of a recurrent module, as a module of its own."""
+    end = f"_l{layer}" + ("_reverse" if reverse else "")
+    weight: Tensor = getattr(module, f"weight_ih{end}")
+    kwargs: dict[str, Any] = {"bias": module.bias, "batch_first": module.batch_first}
+    if type(module) is nn.RNN:
+        kwargs["nonlinearity"] = module.nonlinearity
+    if module.proj_size:
+        kwargs["proj_size"] = module.proj_size
+    with torch.device("meta"):
+        make: Any = type(module)
+        single: nn.RNNBase = make(weight.shape[1], module.hidden_size, **kwargs)
+    state = {k.removesuffix("_l0"): k for k, _ in single.named_parameters()}
+    single.load_state_dict(
+        {k: getattr(module, stem + end).detach() for stem, k in state.items()}, assign=True
+    )
+    return single.eval()
+
+
+def _steps(module: nn.RNNBase, call: Call, key: str) -> Tensor:
+    """What a recurrent matrix is multiplied with, `[steps, C]`: inputs, or states before a step."""
+    value = main_tensor(module, call)
+    start = call.args[1] if len(call.args) > 1 else call.kwargs.get("hx")
+    states = start if isinstance(start, tuple) else (start,)
+    if value.ndim == 2:
+        value, states = value.unsqueeze(0 if module.batch_first else 1), (None,)
+    time = 1 if module.batch_first else 0
+    ways = 2 if module.bidirectional else 1
+    for layer in range(module.num_layers):
+        results = []
+        for way in range(ways):
+            end = f"_l{layer}" + ("_reverse" if way else "")
+            if key == f"weight_ih{end}":
+                return value.flatten(0, 1)
+            single = _one_layer(module, layer, reverse=bool(way))
+            index = layer * ways + way
+            first = None
+            if states[0] is not None:
+                first = tuple(s[index : index + 1] for s in states if s is not None)
+                first = first if len(first) > 1 else first[0]
+            inputs = value.flip(time) if way else value
+            output = single(inputs, first)[0]
+            if key == f"weight_hh{end}":
+                before: Tensor = output.roll(1, time)
+                zero = torch.zeros_like(before.select(time, 0))
+                head = zero if states[0] is None else states[0][index]
+                before.select(time, 0).copy_(head)
+                return before.flatten(0, 1)
+            results.append(output.flip(time) if way else output)
+        value = torch.cat(results, dim=-1)
+    raise UnsupportedModelError(f"{type(module).__name__} has no matrix {key!r} to follow.")
+
+
+def _routed(
+    matrix: Matrix, module: nn.Module, call: Call, tokens: Sequence[Tensor]
+) -> list[Tensor]:
+    """The inputs of each expert's matrix, for the given tokens of each: `[tokens, C]`."""
+    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
+    hidden = bound["hidden_states"].reshape(-1, bound["hidden_states"].shape[-1])
+    if not matrix.name.endswith("down_proj"):
+        return [hidden[index] for index in tokens]
+    result = []
+    packed = getattr(module, "gate_up_proj", None)
+    for expert, index in enumerate(tokens):
+        if not isinstance(packed, Tensor) or getattr(module, "is_transposed", False):
+            raise UnsupportedModelError(
+                f"the experts of {type(module).__name__} are packed in a way that is not followed "
+                "yet: use criterion: magnitude with reconstruct: false, or ignore them."
+            )
+        gate, up = linear(hidden[index], packed[expert]).chunk(2, dim=-1)
+        result.append(module.act_fn(gate) * up)  # type: ignore[operator]  # an activation
+    return result
+
+
+def _tokens(matrix: Matrix, module: nn.Module, call: Call, mask: Tensor | None) -> list[Tensor]:
+    """Which real tokens each expert gets."""
+    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
+    index = bound["top_k_index"].reshape(-1, bound["top_k_index"].shape[-1])  # [tokens, k]
+    real = torch.ones(index.shape[0], dtype=torch.bool, device=index.device)
+    if mask is not None and mask.numel() == index.shape[0]:
+        real = mask.flatten().to(index.device)
+    hit = [(index == expert).any(dim=1) & real for expert in range(matrix.groups)]
+    return [item.nonzero().squeeze(1) for item in hit]
+
+
+@torch.no_grad()
+def paired_rows(
+    matrix: Matrix,
+    dense: tuple[nn.Module, Call],
+    pruned: tuple[nn.Module, Call],
+    mask: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Rows of the dense and of the pruned stream for each group, `[rows, C]` each, in one order.
+
+    Experts of both streams see the tokens that the pruned network routes to them.
+    """
+    if matrix.kind == "experts":
+        tokens = _tokens(matrix, *pruned, mask)
+        ours = _routed(matrix, *pruned, tokens)
+        return list(zip(_routed(matrix, *dense, tokens), ours, strict=True))
+    sides = []
+    for module, call in (dense, pruned):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            sides.append(_patches(module, main_tensor(module, call)))
+        elif isinstance(module, nn.RNNBase):
+            sides.append(_steps(module, call, matrix.name.rpartition(".")[2]).unsqueeze(0))
+        else:
+            sides.append(real_rows(main_tensor(module, call), mask).unsqueeze(0))
+    return list(zip(sides[0], sides[1], strict=True))

@@ -1,0 +1,141 @@
+"""Patterns: which entries of a matrix may stay together. Masks come from ranks, never thresholds.
+
+A mask is exact by construction: ties go in the order of their indices, and a count that does not
+divide by the number of rows is spread over rows by the scores themselves.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hf_prune.errors import ConfigError
+from hf_prune.recipe import count_to_remove
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may be: `unstructured`, `n:m` (n of m neighbours stay) or `block` (r x c)."""
+
+    kind: str = "unstructured"
+    first: int = 0
+    """n of `n:m`, rows of a block."""
+    second: int = 0
+    """m of `n:m`, columns of a block."""
+    rows: bool = False
+    """Unstructured only: rank within each row instead of the whole matrix."""
+
+    def __str__(self) -> str:
+        mark = {"n:m": ":", "block": "x"}.get(self.kind)
+        return f"{self.first}{mark}{self.second}" if mark else self.kind
+
+
+def parse_pattern(text: str, *, rows: bool = False) -> Pattern:
+    """A pattern from `unstructured`, `2:4` or `4x4`.
+
+    Raises:
+        ConfigError: for anything else, or an n that is not in [1, m).
+    """
+    if text == "unstructured":
+        return Pattern(rows=rows)
+    match = re.fullmatch(r"([1-9][0-9]{0,3})([:x])([1-9][0-9]{0,3})", text)
+    if match is None:
+        raise ConfigError(
+            f"unknown pattern {text!r}: write unstructured, n:m such as 2:4, or rows x columns of "
+            "a block such as 4x4."
+        )
+    first, second = int(match[1]), int(match[3])
+    if match[2] == "x":
+        return Pattern("block", first, second)
+    if first >= second:
+        raise ConfigError(f"pattern {text!r} keeps {first} of {second}: nothing would go.")
+    return Pattern("n:m", first, second)
+
+
+def removed_by(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> int:
+    """How many entries of a `[R, C]` matrix a pattern asks to remove at a sparsity.
+
+    Under `n:m` that is given by the pattern. A block pattern removes the fewest blocks that reach
+    this count.
+    """
+    rows, columns = shape
+    if pattern.kind != "n:m":
+        return count_to_remove(sparsity, rows * columns)
+    n, m = pattern.first, pattern.second
+    tail = columns % m
+    kept = (columns // m) * n + -(-tail * n // m)
+    return rows * (columns - kept)
+
+
+def _smallest(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` smallest of each row, `[R, C]`; ties in the order of their indices."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    limit = scores.kthvalue(count, dim=1, keepdim=True).values  # [R, 1]
+    chosen = scores <= limit
+    if bool((chosen.sum(dim=1) == count).all()):
+        return chosen
+    order = scores.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros_like(chosen).scatter_(1, order, True)
+
+
+def _keep_unstructured(scores: Tensor, removed: int, *, rows: bool) -> Tensor:
+    if not rows:
+        return ~_smallest(scores.reshape(1, -1), removed).view(scores.shape)
+    each, extra = divmod(removed, scores.shape[0])
+    gone = _smallest(scores, each)
+    if extra:
+        values, columns = scores.masked_fill(gone, torch.inf).min(dim=1)  # [R]
+        chosen = values.argsort(stable=True)[:extra]
+        gone[chosen, columns[chosen]] = True
+    return ~gone
+
+
+def _keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    rows, columns = scores.shape
+    tail = columns % m
+    whole = scores[:, : columns - tail].reshape(-1, m)  # [R * C / m, m]
+    parts = [~_smallest(whole, m - n).view(rows, columns - tail)]
+    if tail:
+        parts.append(~_smallest(scores[:, columns - tail :], tail - -(-tail * n // m)))
+    return torch.cat(parts, dim=1)
+
+
+def _keep_blocks(scores: Tensor, removed: int, r: int, c: int) -> Tensor:
+    rows, columns = scores.shape
+    edges = (0, -columns % c, 0, -rows % r)
+
+    def per_block(values: Tensor) -> Tensor:
+        padded = pad(values, edges)
+        grid = padded.view(padded.shape[0] // r, r, padded.shape[1] // c, c)
+        return grid.sum(dim=(1, 3))  # [R / r, C / c]
+
+    sizes = per_block(torch.ones_like(scores))
+    means = per_block(scores.square()) / sizes
+    order = means.flatten().argsort(stable=True)
+    total = sizes.flatten()[order].long().cumsum(0)
+    count = int((total < removed).sum()) + 1 if removed else 0
+    kept = torch.ones(means.numel(), dtype=torch.bool, device=scores.device)
+    kept[order[:count]] = False
+    grid = kept.view(means.shape).repeat_interleave(r, 0).repeat_interleave(c, 1)
+    return grid[:rows, :columns]
+
+
+def keep(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
+    """The mask of a pattern that keeps the largest scores.
+
+    Args:
+        scores: `[R, C]`, not negative, finite; blocks are ranked by the mean of their squares.
+        removed: entries to remove, from `removed_by`; `n:m` needs no count.
+        pattern: where zeros may be.
+
+    Returns:
+        `[R, C]`, True = keep.
+    """
+    if pattern.kind == "n:m":
+        return _keep_n_of_m(scores, pattern.first, pattern.second)
+    if pattern.kind == "block":
+        return _keep_blocks(scores, removed, pattern.first, pattern.second)
+    return _keep_unstructured(scores, removed, rows=pattern.rows)

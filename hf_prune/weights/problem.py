@@ -1,0 +1,166 @@
+"""From moments to a layer-wise problem, by the criterion that a stage names, and its solution."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_prune.errors import NumericsError
+from hf_prune.statistics.moments import Moments, means
+from hf_prune.weights.patterns import Pattern
+from hf_prune.weights.solvers import SOLVERS, Problem, admm, project
+
+DATA_FREE = ("random", "magnitude", "magnitude_normalised", "magnitude_sigma")
+"""Criteria that read nothing but the weights."""
+GRADIENTS = ("sensitivity", "fisher_diagonal")
+"""Criteria that read gradients, collected before the walk."""
+CRITERIA = (*DATA_FREE, *GRADIENTS, *SOLVERS)
+"""Criteria that a stage of single weights can name."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How every matrix of a stage is pruned."""
+
+    criterion: str = "admm"
+    pattern: Pattern = field(default_factory=Pattern)
+    dense_target: bool = True
+    refit_steps: int = 10
+    """Conjugate-gradient steps on the mask; 0 leaves the kept values alone."""
+    ridge: float = 1e-2
+    iterations: int = 12
+    penalty: float = 0.5
+    seed: int = 0
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of criteria that were scored before the walk, in the shape of each parameter's view."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether anything but weights (and collected gradients) is read."""
+        return self.criterion in SOLVERS or self.dense_target or self.refit_steps > 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One matrix as it is: `weight` is `[R, C]`, `bias` is `[R]` or None.
+
+    `on_sum` says that the targets of its moments are dense outputs `[R]` that already contain what
+    the residual lost; otherwise they are dense inputs `[C]`.
+    """
+
+    name: str
+    group: int
+    weight: Tensor
+    bias: Tensor | None
+    on_sum: bool = False
+
+
+@dataclass
+class Fit:
+    """One pruned matrix: `[R, C]` weight and mask, bias `[R]`, and what its outputs lost.
+
+    `error` is the mean square of that loss over the mean square of the outputs wanted.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    bias: Tensor | None
+    error: float
+
+
+def data_free_scores(criterion: str, name: str, group: int, weight: Tensor, seed: int) -> Tensor:
+    """Scores `[R, C]` that need nothing but the weight; higher = keep.
+
+    `random` is uniform in [0, 1). `magnitude` is `|w|`. `magnitude_normalised` is `|w|` as a share
+    of its row plus as a share of its column (Zhang et al. 2024, arXiv:2402.04902).
+    `magnitude_sigma` is `|w|` in standard deviations of the matrix (Han et al. 2015,
+    arXiv:1506.02626).
+    """
+    size = weight.detach().float().abs()
+    if criterion == "random":
+        key = zlib.crc32(f"{name}/{group}".encode(), seed & 0xFFFFFFFF)
+        generator = torch.Generator().manual_seed(key)
+        return torch.rand(size.shape, generator=generator).to(size.device)
+    if criterion == "magnitude_normalised":
+        rows = size.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        columns = size.sum(dim=0, keepdim=True).clamp(min=1e-30)
+        return size / rows + size / columns
+    if criterion == "magnitude_sigma":
+        return size / weight.detach().float().std().clamp(min=1e-30)
+    return size
+
+
+def _moving(subject: Subject, options: Options) -> bool:
+    """Whether the bias is fitted with the weights."""
+    return subject.bias is not None and (options.dense_target or options.refit_steps > 0)
+
+
+def make_problem(
+    subject: Subject, moments: Moments, removed: int, options: Options
+) -> tuple[Problem, Tensor, Tensor]:
+    """The layer-wise problem of one matrix, in float32.
+
+    Args:
+        subject: the matrix as it is.
+        moments: of its inputs and of the dense network's inputs (or outputs).
+        removed: entries to remove.
+        options: of which the target, the ridge and the pattern count.
+
+    Returns:
+        The problem, and the means of inputs `[C]` and of targets `[R]`, from which a bias follows.
+
+    Raises:
+        NumericsError: when inputs or targets are not finite.
+    """
+    gram, cross, mean_x, mean_t = means(moments, centred=_moving(subject, options))
+    old = subject.weight.double()
+    bias = torch.zeros_like(old[:, 0]) if subject.bias is None else subject.bias.double()
+    damping = options.ridge * float(gram.diagonal().mean().clamp(min=1e-12))
+    gram = gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    if not options.dense_target:
+        problem = Problem(old.float(), gram.float(), options.pattern, removed)
+        return problem, mean_x, old @ mean_x + bias
+    if not subject.on_sum:
+        cross, mean_t = old @ cross, old @ mean_t + bias
+    factor, info = torch.linalg.cholesky_ex(gram.float())
+    if int(info):
+        raise NumericsError("moments of inputs are singular however they are damped: raise ridge.")
+    target = torch.cholesky_solve((cross + damping * old).float().T, factor).T
+    if not torch.isfinite(target).all():
+        raise NumericsError("what the dense network computed is not finite on calibration data.")
+    problem = Problem(target.contiguous(), gram.float(), options.pattern, removed)
+    return problem, mean_x, mean_t
+
+
+def _scores(subject: Subject, options: Options) -> Tensor:
+    found = options.scores.get(subject.name)
+    if found is not None:
+        return found[subject.group].to(subject.weight.device)
+    return data_free_scores(
+        options.criterion, subject.name, subject.group, subject.weight, options.seed
+    )
+
+
+def solve(subject: Subject, moments: Moments, removed: int, options: Options) -> Fit:
+    """Prune one matrix: choose what stays, and what it becomes.
+
+    Raises:
+        NumericsError: when inputs or targets are not finite, naming the parameter.
+    """
+    try:
+        problem, mean_x, mean_t = make_problem(subject, moments, removed, options)
+    except NumericsError as error:
+        raise NumericsError(f"{subject.name}: {error}") from error
+    steps = options.refit_steps
+    if options.criterion == "admm":
+        new, mask = admm(problem, steps, rho=options.penalty, iterations=options.iterations)
+    elif options.criterion in SOLVERS:
+        new, mask = SOLVERS[options.criterion](problem, steps)
+    else:
+        new, mask = project(problem, _scores(subject, options), steps)
+    wanted = ((problem.target @ problem.gram) * problem.target).sum()
+    error_share = float(problem.error(new).sum() / wanted.clamp(min=1e-30))
+    bias = mean_t - new.double() @ mean_x if _moving(subject, options) else None
+    return Fit(new, mask, bias, error_share)

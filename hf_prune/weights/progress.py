@@ -1,0 +1,53 @@
+"""A folder in which every finished layer of a walk is kept, so that an interrupted run goes on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_prune.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where finished layers are kept.
+
+    `key` says what the run is; what another run left is refused.
+    """
+
+    folder: Path
+    key: str
+
+    def _path(self, layer: str) -> Path:
+        return self.folder / f"{layer}.safetensors"
+
+    def save(self, layer: str, tensors: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
+        """Keep what a layer became; complete or absent, whatever happens."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(layer)
+        notes = {"key": self.key, "errors": json.dumps(errors)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path.with_suffix(".part"), notes)
+        path.with_suffix(".part").replace(path)
+
+    def load(self, layer: str) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """What an earlier run made of a layer, if it got that far.
+
+        Raises:
+            CheckpointError: when that run was another one.
+        """
+        path = self._path(layer)
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            if notes.get("key") != self.key:
+                raise CheckpointError(
+                    f"{path} is from a run with another model, recipe or data. Empty the folder, "
+                    "or go on with the same ones."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            return tensors, json.loads(notes["errors"])

@@ -1,0 +1,282 @@
+"""Single weights of a whole model: layer by layer where layers are known, else from its input.
+
+Of a known family one layer runs at a time, and only its dense copy is kept: the model itself holds
+the layers that are pruned already and those that are still dense. Any other module is copied, and
+run from its input as far as the matrices in question.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune.errors import DataError, UnsupportedModelError
+from hf_prune.sites import Site, base_model, find_sites
+from hf_prune.statistics.batches import Batch, token_mask
+from hf_prune.statistics.streams import Stream, both_in_eval, by_layer, run_layer, start_streams
+from hf_prune.weights.find import Matrix, set_values_
+from hf_prune.weights.masks import Masks
+from hf_prune.weights.patterns import keep
+from hf_prune.weights.problem import DATA_FREE, Options, data_free_scores
+from hf_prune.weights.progress import Progress
+from hf_prune.weights.walk import Block, Inputs, call_model, prune_block
+
+logger = logging.getLogger(__name__)
+
+Removed = Mapping[str, Sequence[int]]
+"""Entries to remove from each group of each matrix, by parameter name."""
+
+
+@dataclass
+class Pruned:
+    """What a walk did: masks by parameter name, and the relative error of each matrix's outputs."""
+
+    masks: Masks = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    resumed: list[str] = field(default_factory=list)
+    """Layers that an earlier run had finished."""
+
+
+def _prune_without_data(matrices: Sequence[Matrix], removed: Removed, options: Options) -> Pruned:
+    """Masks from the weights alone (or from scores collected before); values stay as they are."""
+    result = Pruned()
+    for matrix in matrices:
+        mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
+        for group, weight in enumerate(matrix.view(matrix.parameter.data)):
+            found = options.scores.get(matrix.name)
+            criterion = options.criterion if options.criterion in DATA_FREE else "magnitude"
+            scores = (
+                data_free_scores(criterion, matrix.name, group, weight, options.seed)
+                if found is None
+                else found[group]
+            )
+            kept = keep(scores, removed[matrix.name][group], options.pattern)
+            matrix.view(mask)[group].copy_(kept)
+            set_values_(matrix, group, torch.where(kept, weight, 0))
+        result.masks[matrix.name] = mask
+    return result
+
+
+def _known_layers(model: nn.Module) -> dict[str, list[Site]]:
+    """The sites of each layer, where one layer can be run after the other; else nothing."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        return {}
+    try:
+        return by_layer(find_sites(model))
+    except UnsupportedModelError:
+        return {}
+
+
+@dataclass
+class _Layer:
+    """One layer of a known family, in both networks, and the streams that pass through it."""
+
+    name: str
+    call: str
+    dense: nn.Module
+    pruned: nn.Module
+    streams: list[Stream]
+    outputs: list[Tensor]
+
+    def run_dense(self, index: int) -> Tensor:
+        stream = self.streams[index]
+        self.outputs[index] = run_layer(self.dense, "", stream.dense, stream.calls[self.call])
+        return self.outputs[index]
+
+    def run_pruned(self, index: int) -> Tensor:
+        stream = self.streams[index]
+        return run_layer(self.pruned, "", stream.pruned, stream.calls[self.call])
+
+    def block(self, sites: Sequence[Site]) -> Block:
+        def local(module: str) -> str:
+            return module.removeprefix(self.call).removeprefix(".")
+
+        return Block(
+            self.name,
+            self.dense,
+            self.pruned,
+            self.run_dense,
+            self.run_pruned,
+            [stream.mask for stream in self.streams],
+            {local(site.gate.module): local(site.sum_module) for site in sites},
+            keep_traces=True,
+        )
+
+    def advance(self, block: Block | None) -> None:
+        """Move both streams behind the layer; a block that was pruned knows most outputs."""
+        for index, stream in enumerate(self.streams):
+            if block is None:
+                stream.dense, stream.pruned = self.run_dense(index), self.run_pruned(index)
+                continue
+            with block.replay.on(self.pruned, index, block.done):
+                output = self.run_pruned(index)
+            stream.dense, stream.pruned = self.outputs[index], output
+
+
+def _touched(model: nn.Module, matrices: Sequence[Matrix], masks: Masks) -> dict[str, Tensor]:
+    """What a layer's file must hold: its pruned matrices, all its vectors, and the masks."""
+    prefixes = tuple({matrix.module for matrix in matrices})
+    found = {n: p.data for n, p in model.named_parameters() if n.rpartition(".")[0] in prefixes}
+    return found | {f"mask:{m.name}": masks[m.name] for m in matrices}
+
+
+def _restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> Masks:
+    parameters = dict(model.named_parameters())
+    masks: Masks = {}
+    for name, value in tensors.items():
+        if name.startswith("mask:"):
+            masks[name.removeprefix("mask:")] = value
+        else:
+            parameters[name].data.copy_(value)
+    return masks
+
+
+def _prune_layer(
+    model: PreTrainedModel,
+    layer: _Layer,
+    sites: Sequence[Site],
+    matrices: Sequence[Matrix],
+    job: "Job",
+) -> None:
+    """Prune one layer, or take what an earlier run made of it; then move the streams on."""
+    block: Block | None = None
+    found = job.progress.load(layer.name) if job.progress is not None and matrices else None
+    if found is not None:
+        job.result.masks |= _restore(model, found[0])
+        job.result.errors |= found[1]
+        job.result.resumed.append(layer.name)
+    elif matrices:
+        block = layer.block(sites if job.options.dense_target else ())
+        errors = {}
+        for matrix, mask, fits in prune_block(block, matrices, job.removed, job.options):
+            job.result.masks[matrix.name] = mask
+            errors[matrix.name] = sum(fit.error for fit in fits) / len(fits)
+        job.result.errors |= errors
+        if job.progress is not None:
+            tensors = _touched(model, matrices, job.result.masks)
+            job.progress.save(layer.name, tensors, errors)
+    layer.advance(block)
+    logger.info("%s: %d matrices pruned", layer.name, len(matrices))
+
+
+@dataclass
+class Job:
+    """One walk: what it is told, and what it has done so far."""
+
+    removed: Removed
+    options: Options
+    progress: Progress | None = None
+    result: Pruned = field(default_factory=Pruned)
+
+
+def _prune_layers(
+    model: PreTrainedModel, matrices: Sequence[Matrix], batches: Sequence[Batch], job: Job
+) -> None:
+    """All matrices that lie in the layers of a known family."""
+    layers = by_layer(find_sites(model))
+    base = base_model(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    streams = start_streams(model, model, batches, list(layers))
+    for call, sites in layers.items():
+        pruned = base.get_submodule(call)
+        name = names[id(pruned)]
+        here = [m for m in matrices if m.name.startswith(f"{name}.")]
+        outputs = [stream.dense for stream in streams]
+        layer = _Layer(name, call, copy.deepcopy(pruned), pruned, streams, outputs)
+        _prune_layer(model, layer, sites, here, job)
+
+
+def _prune_whole(
+    model: nn.Module,
+    dense: nn.Module,
+    matrices: Sequence[Matrix],
+    batches: Sequence[Inputs],
+    job: Job,
+) -> None:
+    """Any matrices, each reached from the input of the whole model."""
+
+    def mask(batch: Inputs) -> Tensor | None:
+        known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping)
+        return token_mask(model, batch) if known else None  # type: ignore[arg-type]  # checked
+
+    block = Block(
+        "",
+        dense,
+        model,
+        lambda index: call_model(dense, batches[index]),
+        lambda index: call_model(model, batches[index]),
+        [mask(batch) for batch in batches],
+    )
+    for matrix, kept, fits in prune_block(block, matrices, job.removed, job.options):
+        job.result.masks[matrix.name] = kept
+        job.result.errors[matrix.name] = sum(fit.error for fit in fits) / len(fits)
+
+
+@torch.no_grad()
+def prune_weights_(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    removed: Removed,
+    options: Options,
+    batches: Sequence[Inputs] = (),
+    *,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Prune single weights of any module, in place.
+
+    Args:
+        model: any `nn.Module`, left in the mode it was in.
+        matrices: from `find_matrices`.
+        removed: entries to remove, from `hf_prune.weights.budgets`.
+        options: criterion, pattern, target and re-fit.
+        batches: calibration inputs: dicts of tensors for transformers, else tensors or tuples.
+            Padding is not counted where an attention mask says so.
+        progress: where finished layers are kept, of known families only.
+
+    Returns:
+        Masks, and the relative error of the outputs of each matrix.
+
+    Raises:
+        DataError: when inputs are needed and there are none.
+        NumericsError: when inputs are not finite.
+        UnsupportedModelError: when calibration never runs one of the matrices.
+    """
+    plain = [m for m in matrices if m.kind == "embedding" or not options.needs_inputs]
+    rest = [m for m in matrices if m not in plain]
+    job = Job(removed, options, progress, _prune_without_data(plain, removed, options))
+    if not rest:
+        return job.result
+    if not batches:
+        raise DataError(
+            f"criterion {options.criterion!r} with its re-fit needs calibration batches. Pass "
+            "some, or choose a magnitude with reconstruct: false and dense_target: false."
+        )
+    layers = _known_layers(model)
+    inside, outside = _split(model, rest, layers)
+    dense = copy.deepcopy(model) if outside else model
+    with both_in_eval(model, dense):
+        if inside:
+            _prune_layers(model, inside, batches, job)  # type: ignore[arg-type]  # a known family
+        if outside:
+            _prune_whole(model, dense, outside, batches, job)
+    job.result.masks = {m.name: job.result.masks[m.name] for m in matrices}
+    return job.result
+
+
+def _split(
+    model: nn.Module, matrices: Sequence[Matrix], layers: Mapping[str, list[Site]]
+) -> tuple[list[Matrix], list[Matrix]]:
+    """Matrices inside and outside of layers that can be run one after the other."""
+    if not layers or not isinstance(model, PreTrainedModel):
+        return [], list(matrices)
+    base = base_model(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    starts = tuple(f"{names[id(base.get_submodule(layer))]}." for layer in layers)
+    inside = [matrix for matrix in matrices if matrix.name.startswith(starts)]
+    return inside, [matrix for matrix in matrices if matrix not in inside]

@@ -1,0 +1,140 @@
+"""One stage of single weights, as a recipe says it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune.errors import ConfigError, NumericsError
+from hf_prune.recipe import Prune, did_you_mean
+from hf_prune.weights.budgets import BUDGETS, allot
+from hf_prune.weights.find import Matrix, find_matrices
+from hf_prune.weights.gradients import gradient_scores
+from hf_prune.weights.patterns import Pattern, parse_pattern
+from hf_prune.weights.problem import CRITERIA, DATA_FREE, GRADIENTS, Options
+from hf_prune.weights.prune import Pruned, prune_weights_
+from hf_prune.weights.walk import Inputs
+
+
+def check_weight_stage(stage: Prune) -> None:
+    """Refuse what single weights do not have, before any work.
+
+    Raises:
+        ConfigError: for an unknown criterion or solver, with the closest name and all the names
+            there are, or for two that do not go together.
+    """
+    for kind, name, known in (
+        ("criterion", stage.criterion, CRITERIA),
+        ("solver", stage.solver, BUDGETS),
+    ):
+        if name not in known:
+            raise ConfigError(f"unknown {kind} {name!r} for weights{did_you_mean(name, known)}")
+    pattern = parse_pattern(stage.single.pattern)
+    if pattern.kind == "n:m" and stage.solver != "uniform":
+        raise ConfigError(
+            f"pattern {pattern} removes the same share of every matrix: solver {stage.solver!r} "
+            "has nothing to decide. Use solver: uniform."
+        )
+    if stage.solver == "global" and stage.criterion not in (*DATA_FREE, *GRADIENTS):
+        raise ConfigError(
+            f"criterion {stage.criterion!r} compares weights within a matrix only, so that solver "
+            "'global' has no common unit. Use uniform, outliers or knapsack."
+        )
+
+
+def needs_data(stage: Prune) -> bool:
+    """Whether a stage of single weights reads calibration batches."""
+    return (
+        stage.criterion not in DATA_FREE
+        or stage.reconstruct
+        or stage.single.dense_target
+        or stage.solver in ("outliers", "knapsack")
+    )
+
+
+def _pattern(model: nn.Module, stage: Prune) -> Pattern:
+    rank = stage.single.rank
+    generates = isinstance(model, PreTrainedModel) and bool(model.can_generate())
+    return parse_pattern(stage.single.pattern, rows=rank == "row" or (rank == "auto" and generates))
+
+
+def find_stage(model: nn.Module, stage: Prune) -> list[Matrix]:
+    """The matrices that a stage prunes.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    single = stage.single
+    matrices = find_matrices(
+        model, targets=single.targets, ignore=stage.ignore, embeddings=single.embeddings
+    )
+    if not matrices:
+        raise ConfigError(f"no weight is left to prune: ignore={list(stage.ignore)} matches all.")
+    return matrices
+
+
+def prune_stage_(
+    model: nn.Module, stage: Prune, batches: Sequence[Inputs], seed: int
+) -> tuple[Pruned, dict[str, Any]]:
+    """Prune single weights of any module in place, as a stage says.
+
+    Args:
+        model: any `nn.Module`.
+        stage: of `units: [weights]`.
+        batches: calibration inputs, where the stage needs them.
+        seed: of everything random.
+
+    Returns:
+        Masks and errors, and the entry for the report.
+
+    Raises:
+        ConfigError: when the stage names what there is not.
+        DataError: when inputs are needed and there are none.
+    """
+    check_weight_stage(stage)
+    matrices = find_stage(model, stage)
+    _check_finite(matrices)
+    pattern = _pattern(model, stage)
+    scores: dict[str, Tensor] = {}
+    if stage.criterion in GRADIENTS:
+        scores = gradient_scores(model, matrices, batches, stage.criterion, seed)
+    options = Options(
+        criterion=stage.criterion,
+        pattern=pattern,
+        dense_target=stage.single.dense_target,
+        refit_steps=stage.single.refit_steps if stage.reconstruct else 0,
+        ridge=stage.ridge,
+        iterations=stage.single.iterations,
+        penalty=stage.single.penalty,
+        seed=seed,
+        scores=scores,
+    )
+    removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
+    result = prune_weights_(model, matrices, removed, options, batches)
+    total = sum(mask.numel() for mask in result.masks.values())
+    gone = total - sum(int(mask.sum()) for mask in result.masks.values())
+    entry = {
+        "kind": "weights",
+        "criterion": stage.criterion,
+        "pattern": str(pattern),
+        "ranked_by": "row" if pattern.rows else "matrix",
+        "total": total,
+        "removed": gone,
+        "sparsity": gone / total,
+        "mean_relative_error": _mean(list(result.errors.values())),
+    }
+    return result, entry
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _check_finite(matrices: Sequence[Matrix]) -> None:
+    for matrix in matrices:
+        if not torch.isfinite(matrix.parameter).all():
+            raise NumericsError(
+                f"{matrix.name} has values that are not finite: nothing was changed."
+            )

@@ -1,0 +1,210 @@
+"""One block after another, matrix after matrix, in the order in which data passes through them.
+
+The dense block says what should come out, the already pruned one what really goes in. A block is
+one layer of a known family, or any other module as a whole.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune.errors import UnsupportedModelError
+from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
+from hf_prune.statistics.moments import Moments
+from hf_prune.weights.find import Matrix, set_values_
+from hf_prune.weights.inputs import Replay, Trace, main_tensor, paired_rows, real_rows, traced
+from hf_prune.weights.problem import Fit, Options, Subject, solve
+
+Inputs = Tensor | tuple[Tensor, ...] | Batch
+"""One batch of any module: the only argument, the arguments, or the keyword arguments."""
+
+
+@dataclass
+class Block:
+    """Something that both networks can run alone on every batch: one layer, or all of a model.
+
+    `prefix` turns a module's name into its name within the block. `sums` are by such names.
+    """
+
+    prefix: str
+    dense: nn.Module
+    pruned: nn.Module
+    run_dense: Callable[[int], Any]
+    run_pruned: Callable[[int], Any]
+    masks: Sequence[Tensor | None]
+    sums: Mapping[str, str] = field(default_factory=dict)
+    keep_traces: bool = False
+    replay: Replay = field(default_factory=Replay)
+    done: list[str] = field(default_factory=list)
+    """Linear modules that are pruned and will not change any more."""
+
+    def local(self, module: str) -> str:
+        """A module's name within the block."""
+        return module.removeprefix(self.prefix).removeprefix(".")
+
+
+def call_model(model: nn.Module, batch: Inputs) -> Any:
+    """Run any module on one batch, without labels."""
+    if isinstance(model, PreTrainedModel) and isinstance(batch, Mapping):
+        return model(**forward_kwargs(model, to_device(batch, model.device), labels=False))
+    if isinstance(batch, Mapping):
+        return model(**{name: value for name, value in batch.items() if name != "labels"})
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _groups(block: Block, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    """Matrices in the order in which they are used; those that share one input tensor together."""
+    names = list(dict.fromkeys(block.local(matrix.module) for matrix in matrices))
+    with traced(block.dense, names) as trace:
+        block.run_dense(0)
+    order = list(dict.fromkeys(trace.order))
+    unused = [name for name in names if name not in order]
+    if unused:
+        raise UnsupportedModelError(
+            f"calibration never ran {', '.join(unused[:3])}: nothing is known about its inputs. "
+            "Leave it out with ignore."
+        )
+    groups: dict[tuple[int, str, str], list[Matrix]] = {}
+    for name in order:
+        shared = id(main_tensor(block.dense.get_submodule(name), trace.calls[name][0]))
+        for matrix in (m for m in matrices if block.local(m.module) == name):
+            alone = "" if matrix.kind == "linear" and name not in block.sums else matrix.name
+            groups.setdefault((shared, matrix.kind, alone), []).append(matrix)
+    return list(groups.values())
+
+
+@dataclass
+class _Traces:
+    """The dense traces of a block, kept for one layer, made again for a whole model."""
+
+    block: Block
+    names: Sequence[str]
+    kept: list[Trace] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.block.keep_traces:
+            for index in range(len(self.block.masks)):
+                with traced(self.block.dense, self.names, self.block.sums) as trace:
+                    self.block.run_dense(index)
+                self.kept.append(trace)
+
+    def get(self, index: int, names: Sequence[str]) -> Trace:
+        """The trace of one batch, in which at least `names` are."""
+        if self.kept:
+            return self.kept[index]
+        with traced(self.block.dense, names) as trace:
+            self.block.run_dense(index)
+        return trace
+
+
+def _pruned_trace(block: Block, index: int, names: Sequence[str], count: int) -> Trace:
+    """Run the pruned block as far as the last call of the modules in question."""
+    summed = {name: block.sums[name] for name in names if name in block.sums}
+    stop = names[-1] if count == len(names) else None
+    done = block.done if block.keep_traces else ()
+    with (
+        block.replay.on(block.pruned, index, done),
+        traced(block.pruned, names, summed, stop) as trace,
+    ):
+        block.run_pruned(index)
+    return trace
+
+
+def _add_sum(
+    moments: Moments, dense: Trace, pruned: Trace, name: str, rows: Tensor, mask: Tensor
+) -> None:
+    """Add tokens whose target is the dense sum of residual and output, less the pruned residual."""
+    residual = pruned.totals[name] - pruned.outputs[name]
+    moments.add(rows, real_rows(dense.totals[name].to(residual.device) - residual, mask))
+
+
+def _moments(block: Block, group: Sequence[Matrix], traces: _Traces) -> list[Moments]:
+    """Moments of the inputs that a group shares, for each of its sub-matrices."""
+    matrix = group[0]
+    names = list(dict.fromkeys(block.local(item.module) for item in group))
+    name = names[0]
+    view = matrix.view(matrix.parameter)
+    outputs = view.shape[1] if name in block.sums else view.shape[2]
+    device = matrix.parameter.device
+    result = [Moments.zeros(view.shape[2], outputs, device) for _ in range(view.shape[0])]
+    for index, mask in enumerate(block.masks):
+        dense = traces.get(index, names)
+        pruned = _pruned_trace(block, index, names, sum(len(dense.calls[n]) for n in names))
+        modules = block.dense.get_submodule(name), block.pruned.get_submodule(name)
+        for theirs, ours in zip(dense.calls[name], pruned.calls[name], strict=True):
+            pairs = paired_rows(matrix, (modules[0], theirs), (modules[1], ours), mask)
+            for moments, (x, inputs) in zip(result, pairs, strict=True):
+                if name in block.sums:
+                    assert mask is not None  # noqa: S101  # sums are those of layers
+                    _add_sum(moments, dense, pruned, name, inputs, mask)
+                else:
+                    moments.add(inputs, x.to(device))
+    return [item.over_processes() for item in result]
+
+
+def _shared(values: Tensor) -> Tensor:
+    """Values that are the same on every process: equal sums give equal solutions up to rounding."""
+    if PartialState().num_processes == 1:
+        return values
+    result = broadcast(values.contiguous())
+    assert isinstance(result, Tensor)  # noqa: S101  # a tensor in, a tensor out
+    return result
+
+
+def _bias(block: Block, matrix: Matrix, group: int) -> Tensor | None:
+    """The bias of the outputs of one group, as a view into the parameter."""
+    module = block.pruned.get_submodule(block.local(matrix.module))
+    key = matrix.name.rpartition(".")[2].replace("weight", "bias")
+    key = f"{key}_bias" if matrix.kind == "experts" else key
+    bias = getattr(module, key, None)
+    if not isinstance(bias, Tensor):
+        return None
+    return (
+        bias.data[group] if matrix.kind == "experts" else bias.data.view(matrix.groups, -1)[group]
+    )
+
+
+def prune_block(
+    block: Block,
+    matrices: Sequence[Matrix],
+    removed: Mapping[str, Sequence[int]],
+    options: Options,
+) -> Iterator[tuple[Matrix, Tensor, list[Fit]]]:
+    """Prune the matrices of one block, group after group, in place.
+
+    Args:
+        block: what runs, and what was kept of it.
+        matrices: of this block, in any order.
+        removed: entries to remove from each group of each matrix, by parameter name.
+        options: how.
+
+    Yields:
+        Each matrix, its mask in the shape of the parameter, and what each of its groups lost.
+    """
+    groups = _groups(block, matrices)
+    names = list(dict.fromkeys(block.local(m.module) for group in groups for m in group))
+    traces = _Traces(block, names)
+    for group in groups:
+        moments = _moments(block, group, traces)
+        on_sum = block.local(group[0].module) in block.sums
+        for matrix in group:
+            mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
+            fits = []
+            for index, item in enumerate(moments):
+                bias = _bias(block, matrix, index)
+                weight = matrix.view(matrix.parameter.data)[index]
+                subject = Subject(matrix.name, index, weight, bias, on_sum)
+                fit = solve(subject, item, removed[matrix.name][index], options)
+                matrix.view(mask)[index].copy_(fit.mask)
+                set_values_(matrix, index, _shared(fit.weight) * fit.mask)
+                if bias is not None and fit.bias is not None:
+                    bias.copy_(_shared(fit.bias))
+                fits.append(fit)
+            yield matrix, mask, fits
+        block.done += [block.local(m.module) for m in group if m.kind == "linear"]
