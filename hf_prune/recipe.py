@@ -413,7 +413,26 @@ class Distill(Train):
         return self
 
 
-Stage = Annotated[Union[Prune, Train, Distill], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
+class Student(_Model):
+    """Make a smaller model of the teacher's kind, of any depth and width. What is 0 stays."""
+
+    stage: Literal["student"] = "student"
+    """Tells this stage from the others."""
+    layers: int = Field(default=0, ge=0)
+    """Layers."""
+    hidden: int = Field(default=0, ge=0)
+    """Hidden width."""
+    heads: int = Field(default=0, ge=0)
+    """Attention heads of each layer."""
+    neurons: int = Field(default=0, ge=0)
+    """Feed-forward neurons of each layer."""
+    init: Literal["teacher", "normal", "xavier"] = "teacher"
+    """Start from the best parts of the teacher, or at random."""
+    pick_layers: Literal["uniform", "score"] = "uniform"
+    """Which layers of the teacher to start from: at equal distances, or those that change most."""
+
+
+Stage = Annotated[Union[Prune, Train, Distill, Student], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
 
 
 class Recipe(_Model):
@@ -548,7 +567,9 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     if inner:
         models = tuple(inner)
     elif location and location[0] == "stages":
-        models = tuple(m for m in (Prune, Train, Distill) if m.__name__.lower() in location)
+        models = tuple(
+            m for m in (Prune, Train, Distill, Student) if m.__name__.lower() in location
+        )
     return [name for model in models for name in model.model_fields]
 
 
@@ -558,7 +579,7 @@ def explain(error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         location = item["loc"]
         where = ".".join(
-            str(part) for part in location if part not in ("prune", "train", "distill")
+            str(part) for part in location if part not in ("prune", "train", "distill", "student")
         )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
