@@ -18,7 +18,9 @@ from hf_prune.surgery.reconstruct import reconstruct
 from hf_prune.surgery.remove import remove_units
 from hf_prune.training.callback import PruneCallback
 from hf_prune.training.distill import DistillCallback
+from hf_prune.training.state import last_checkpoint
 from hf_prune.training.teacher import cache_logits
+from hf_prune.training.trainer import prepare_trainer
 from hf_prune.training.zeros import KeepZeros
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "compress",
     "compress_family",
     "find_sites",
+    "last_checkpoint",
     "load_recipe",
+    "prepare_trainer",
     "push_to_hub",
     "reconstruct",
     "remove_units",

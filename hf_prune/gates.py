@@ -22,9 +22,13 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
 
 @dataclass
 class Gates:
-    """The gates of some sites. `values[name]` is `[U]` (or `[B, 1, U]`); absent = all open."""
+    """The gates of some sites. `values[name]` is `[U]` (or `[B, 1, U]`); absent = all open.
+
+    `evaluation` takes their place in eval mode, where it names a site.
+    """
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    evaluation: dict[str, Tensor] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def remove(self) -> None:
@@ -34,19 +38,37 @@ class Gates:
         self.handles.clear()
 
 
+def expand_gate(gate: Tensor, width: int) -> Tensor:
+    """One number for each column that a unit feeds: `[..., U]` to `[..., U * D]`."""
+    return gate.repeat_interleave(width, dim=-1) if width > 1 else gate
+
+
 def _hook(gates: Gates, site: Site) -> Hook:
+    held: tuple[Tensor, int, Tensor] | None = None  # the last gate, its version, its expansion
+
+    def ready(gate: Tensor, inputs: Tensor) -> Tensor:
+        """The gate as it is multiplied; made once, where no gradient flows through it."""
+        nonlocal held
+        version = -1 if gate.is_inference() else gate._version
+        if held is not None and held[0] is gate and held[1] == version:
+            wide = held[2]
+            if (wide.dtype, wide.device) == (inputs.dtype, inputs.device):
+                return wide
+        wide = expand_gate(gate.to(device=inputs.device, dtype=inputs.dtype), site.gate.width)
+        held = None if gate.requires_grad else (gate, version, wide)
+        return wide
+
     def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        gate = gates.values.get(site.name)
+        gate = None if module.training else gates.evaluation.get(site.name)
+        gate = gates.values.get(site.name) if gate is None else gate
         if gate is None:
             return None
         inputs = args[0]  # [..., U * D]
-        gate = gate.to(device=inputs.device, dtype=inputs.dtype)
-        if site.gate.width > 1:
-            gate = gate.repeat_interleave(site.gate.width, dim=-1)  # [..., U] -> [..., U * D]
-        if gate.ndim > inputs.ndim:  # tokens of all examples in one row: [B * T, U * D]
-            by_example = inputs.unflatten(0, (gate.shape[0], -1))  # [B, T, U * D]
-            return ((by_example * gate).flatten(0, 1), *args[1:])
-        return (inputs * gate, *args[1:])
+        wide = ready(gate, inputs)
+        if wide.ndim > inputs.ndim:  # tokens of all examples in one row: [B * T, U * D]
+            by_example = inputs.unflatten(0, (wide.shape[0], -1))  # [B, T, U * D]
+            return ((by_example * wide).flatten(0, 1), *args[1:])
+        return (inputs * wide, *args[1:])
 
     return multiply
 

@@ -44,19 +44,38 @@ class _Model(BaseModel):
 class Schedule(_Model):
     """How sparsity grows while a model trains."""
 
-    kind: Literal["cubic"] = "cubic"
-    """`cubic`: fast at first, slow at the end (Zhu and Gupta 2017, arXiv:1710.01878)."""
+    kind: Literal["one_shot", "linear", "cubic", "exponential", "step"] = "cubic"
+    """`cubic`: fast at first, slow at the end (Zhu and Gupta 2017, arXiv:1710.01878); `exponential`
+    likewise; `step`: in equal steps; `one_shot`: all at the first decision."""
     start: float = Field(default=0.0, ge=0, lt=1)
-    """When masks begin to close, as a fraction of all training steps."""
+    """When masks begin to close, as a fraction of all training steps: before it is warm-up."""
     end: float = Field(default=0.6, gt=0, le=1)
-    """When the full sparsity is reached, as a fraction of all training steps."""
+    """When the full sparsity is reached, as a fraction of all steps: after it is cool-down."""
     every: int = Field(default=20, ge=1)
-    """Optimizer steps between two decisions."""
+    """Optimizer steps (or epochs, see `per`) between two decisions."""
+    per: Literal["steps", "epochs"] = "steps"
+    """What `every` counts."""
+    levels: int = Field(default=4, ge=1)
+    """Of `step`: into how many equal steps the way is cut."""
+    rate: float = Field(default=3.0, gt=0)
+    """Of `exponential`: how much faster the start is; `exp(rate)` times the end."""
+    regrow: bool = False
+    """Whether heads and neurons that went can come back: closed gates are scored too."""
+    rewind: bool = False
+    """At the full sparsity, put the weights that stay back to what they were when masks began to
+    close (arXiv:1803.03635, 1903.01611)."""
+    stop_metric: str | None = None
+    """A metric of evaluation, without `eval_`. Once it is below `stop_below` nothing more goes, and
+    the last plan that was good enough comes back. Heads and neurons only."""
+    stop_below: float | None = None
+    """See `stop_metric`."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Schedule":
         if self.start >= self.end:
             raise ValueError(f"start={self.start} must be smaller than end={self.end}")
+        if (self.stop_metric is None) != (self.stop_below is None):
+            raise ValueError("stop_metric and stop_below belong together: give both or none")
         return self
 
 
@@ -229,6 +248,14 @@ class Prune(_Model):
     85 % sparsity on."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
+    masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"
+    """With a schedule: `scored` by the criterion; or learned: `movement` (the best scores stay) and
+    `soft_movement` (scores above a threshold stay; arXiv:2005.07683), or `l0` (hard-concrete gates,
+    arXiv:1712.01312, held to the target by a Lagrangian, arXiv:2204.00408)."""
+    mask_learning_rate: float = Field(default=0.1, gt=0)
+    """Of learned masks and, for `l0`, of the multipliers."""
+    mask_penalty: float = Field(default=1.0, ge=0)
+    """Of `soft_movement`: weight of the mean open gate in the loss, reached with the sparsity."""
 
     @field_validator("sparsity")
     @classmethod
@@ -272,6 +299,13 @@ class Prune(_Model):
                 "target is for heads and neurons in one shot: give sparsity to single weights and "
                 "to a stage with a schedule"
             )
+        gradual = self.schedule
+        if self.masks != "scored" and (gradual is None or not self.structural):
+            raise ValueError("learned masks are for heads and neurons, and need a schedule")
+        if gradual and gradual.stop_metric and self.masks == "l0":
+            raise ValueError("stop_metric needs masks that are decided step by step, not l0")
+        if gradual and not self.structural and (gradual.regrow or gradual.stop_metric):
+            raise ValueError("regrow and stop_metric are for heads and neurons")
         if self.floor is not None and (self.schedule is not None or not self.structural):
             raise ValueError("floor is for heads and neurons in one shot")
         return self
@@ -388,6 +422,8 @@ class Recipe(_Model):
     """Seed of everything random."""
     stages: tuple[Stage, ...]
     """What happens, in this order."""
+    standalone: bool = False
+    """Save a module beside the weights: it loads without hf_prune, by `trust_remote_code=True`."""
 
     @model_validator(mode="after")
     def _order(self) -> "Recipe":

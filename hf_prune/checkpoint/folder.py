@@ -6,15 +6,19 @@ takes the place of the old one in one step.
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hf_prune.errors import CheckpointError, OutputExistsError
 
+STALE_SECONDS = 3600.0
+"""A stage of a process that is gone is left alone for so long: it may live on another machine."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -63,6 +67,44 @@ def _replace(new: Path, out: Path) -> None:
         shutil.rmtree(aside)
 
 
+def _runs(pid: int) -> bool:
+    """Whether there is a process of this number here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, as another user
+        return True
+    return True
+
+
+def _is_old(stage: Path) -> bool:
+    """Whether nothing in it has changed for a while."""
+    newest = max(path.lstat().st_mtime for path in (stage, *stage.rglob("*")))
+    return time.time() - newest > STALE_SECONDS
+
+
+def recover(out: Path) -> None:
+    """Put right what a kill has left beside an output folder.
+
+    Where folders cannot be swapped in one step, a kill between two renames leaves no folder: the
+    old one lies beside, and comes back. Stages of processes that are long gone are removed.
+    """
+    pattern = re.compile(re.escape(out.name) + r"\.tmp-(\d+)-[0-9a-f]{8}(\.old)?")
+    if not out.parent.is_dir():
+        return
+    for path in sorted(out.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        if _runs(int(match[1])):
+            continue
+        if match[2] and not out.exists():
+            os.replace(path, out)
+        elif _is_old(path):
+            shutil.rmtree(path)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -92,6 +134,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: when `out` exists, is not empty, and `overwrite` is off.
         CheckpointError: when `out` cannot be written.
     """
+    recover(out)
     check_output(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = out.parent / f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"

@@ -4,6 +4,8 @@ transformers lets a package register a quantizer. It is called after the model w
 and before weights are read, which is when modules must be narrowed. After loading, its flags are
 taken off again, so that the model is an ordinary one for Trainer, `.half()`, PEFT and
 `torch.compile`.
+
+Like `surgery.rebuild`, this module is also saved beside models that are to load without hf_prune.
 """
 
 import contextlib

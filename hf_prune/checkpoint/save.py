@@ -7,11 +7,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.checkpoint.folder import staged_folder
 from hf_prune.checkpoint.manifest import write_manifest
+from hf_prune.checkpoint.standalone import write_standalone
 from hf_prune.statistics.score import check_weights
 
 
 def write_model(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    standalone: bool = False,
 ) -> None:
     """Write model, tokenizer and manifest into a folder, whoever makes that atomic.
 
@@ -20,6 +25,8 @@ def write_model(
     """
     check_weights(model)
     model.save_pretrained(folder)
+    if standalone:
+        write_standalone(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_manifest(folder)
@@ -32,6 +39,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     extra: Mapping[str, str] | None = None,
+    standalone: bool = False,
 ) -> None:
     """Save a model so that anyone loads it with plain `from_pretrained` after `import hf_prune`.
 
@@ -41,12 +49,15 @@ def save_model(
         tokenizer: saved beside the model.
         overwrite: replace an existing folder.
         extra: more text files, by name.
+        standalone: save a module beside the weights, so that the model also loads without hf_prune,
+            by `trust_remote_code=True`.
 
     Raises:
         OutputExistsError: when `out` exists and `overwrite` is off: nothing was written.
         NumericsError: when a weight is not finite: nothing was written.
+        CheckpointError: when `standalone` cannot be had for such a model: nothing was written.
     """
     with staged_folder(Path(out), overwrite=overwrite) as stage:
         for name, text in (extra or {}).items():
             (stage / name).write_text(text, encoding="utf-8")
-        write_model(model, stage, tokenizer)
+        write_model(model, stage, tokenizer, standalone=standalone)

@@ -95,7 +95,8 @@ def save_result(result: Result, out: "str | Path", *, overwrite: bool = False) -
     with staged_folder(Path(out), overwrite=overwrite) as stage:
         write_parts(result, stage)
         (stage / "model").mkdir()
-        write_model(result.model, stage / "model", result.tokenizer)
+        standalone = result.recipe.standalone
+        write_model(result.model, stage / "model", result.tokenizer, standalone=standalone)
 
 
 def write_parts(result: Result, folder: Path) -> None:

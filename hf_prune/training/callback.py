@@ -1,20 +1,32 @@
 """`PruneCallback`: a model gets smaller while any Trainer trains it."""
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hf_prune.budget.costs import unit_cost
 from hf_prune.budget.solvers import Selection
-from hf_prune.errors import ConfigError
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan
-from hf_prune.recipe import Prune, Recipe, load_recipe
-from hf_prune.training.schedule import is_due, share
-from hf_prune.training.structure import StructuredPruning
+from hf_prune.recipe import Prune, Recipe, Schedule, load_recipe
+from hf_prune.training.interrupt import Interrupt
+from hf_prune.training.learned import LearnedPruning
+from hf_prune.training.rewind import PREFIX, restore_, snapshot
+from hf_prune.training.schedule import bounds, is_due, share
+from hf_prune.training.state import checkpoint_of, read_state, write_state
+from hf_prune.training.structure import (
+    StructuredPruning,
+    selection_from_dict,
+    selection_to_dict,
+)
 from hf_prune.training.zeros import WeightPruning
 from hf_prune.weights.masks import count_kept
 
@@ -32,20 +44,20 @@ def _scheduled_stage(recipe: Recipe) -> Prune:
     return stages[0]
 
 
-def _check_arguments(args: Any, state: Any) -> None:
+def _pruning(stage: Prune, seed: int) -> StructuredPruning | LearnedPruning | WeightPruning:
+    if not stage.structural:
+        return WeightPruning(stage)
+    return (StructuredPruning if stage.masks == "scored" else LearnedPruning)(stage, seed)
+
+
+def _check_arguments(args: Any, stage: Prune) -> None:
     if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
         raise ConfigError(
             "PruneCallback does not support FSDP or DeepSpeed yet: use one process or DDP."
         )
-    if args.load_best_model_at_end:
+    if getattr(args, "fp16", False) and stage.masks != "scored":
         raise ConfigError(
-            "load_best_model_at_end would bring back weights from before the masks had closed. "
-            "Turn it off while pruning, and use it in the recovery that follows."
-        )
-    if state.global_step > 0:
-        raise ConfigError(
-            f"this training resumes at step {state.global_step}, and the masks of the first part "
-            "are not known. Start it anew."
+            "learned masks read gradients before float16's loss scale is taken off: use bf16."
         )
 
 
@@ -75,47 +87,85 @@ class PruneCallback(TrainerCallback):
     `trainer.save_model(...)` writes a smaller model that plain `from_pretrained` loads. Works on
     one process and under DistributedDataParallel, where all processes take the same decision.
 
+    What it knows is written beside each checkpoint of the Trainer, so that
+    `train(resume_from_checkpoint=...)` goes on as if nothing had happened. With
+    `load_best_model_at_end` only models of the full sparsity compete. Ctrl-C finishes the step,
+    saves a checkpoint, and then raises KeyboardInterrupt.
+
     Args:
         recipe: a `Recipe`, its path or its data, with exactly one prune stage that has a schedule.
+        resume_from: folder of the checkpoint, when training resumes from another output folder.
 
     Attributes:
         plan: what stays, once training has ended.
         selection: what was asked and what was removed (heads and neurons).
         masks: which entries stay (single weights).
+        stopped: whether the metric fell below its floor, and the last good plan came back.
 
     Raises:
         ConfigError: for a recipe that cannot be followed while training.
     """
 
-    def __init__(self, recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -> None:
+    def __init__(
+        self,
+        recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
+        resume_from: "str | os.PathLike[str] | None" = None,
+    ) -> None:
         loaded = load_recipe(recipe)
         self.stage = _scheduled_stage(loaded)
-        structural = self.stage.structural
-        self.pruning: StructuredPruning | WeightPruning = (
-            StructuredPruning(self.stage, loaded.seed) if structural else WeightPruning(self.stage)
-        )
+        assert self.stage.schedule is not None  # noqa: S101  # that is how it was found
+        self.schedule: Schedule = self.stage.schedule
+        self.seed = loaded.seed
+        self.resume_from = resume_from
+        self.pruning = _pruning(self.stage, loaded.seed)
+        self.interrupt = Interrupt()
+        self._reset()
+
+    def _reset(self) -> None:
         self.plan: Plan | None = None
         self.reached = 0.0
+        self.stopped = False
+        self.good: tuple[float, Selection | None] = (0.0, None)
+        self.early: dict[str, Tensor] = {}
+
+    @property
+    def part(self) -> str:
+        """Name of the state beside a checkpoint."""
+        return "structure" if self.stage.structural else "weights"
 
     @property
     def selection(self) -> Selection | None:
         """What was asked and what is removed, of heads and neurons."""
-        return self.pruning.selection if isinstance(self.pruning, StructuredPruning) else None
+        return None if isinstance(self.pruning, WeightPruning) else self.pruning.selection
 
     @property
-    def masks(self) -> dict[str, torch.Tensor]:
+    def masks(self) -> dict[str, Tensor]:
         """Which entries stay, of single weights."""
         return self.pruning.masks if isinstance(self.pruning, WeightPruning) else {}
 
+    @property
+    def deciding(self) -> bool:
+        """Whether something is left to decide."""
+        return self.reached < 1 and not self.stopped
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach gates, all open."""
-        _check_arguments(args, state)
-        self.reached, self.plan = 0.0, None
-        self.pruning.start(kwargs["model"])
+        """Attach gates, all open, or as they were when training was broken off."""
+        _check_arguments(args, self.stage)
+        self._start(kwargs["model"])
+        if state.global_step > 0:
+            self._resume(checkpoint_of(args, state, self.resume_from), state.max_steps)
+        self.interrupt.arm()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw gates that are random; remember the weights where masks begin to close."""
+        first, _ = bounds(self.schedule, state.max_steps)
+        if self.schedule.rewind and state.global_step == first:
+            self.early = snapshot(kwargs["model"])
+        self.pruning.before_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the gradients while they are there, as long as something is left to decide."""
-        if self.reached < 1:
+        if self.deciding:
             self.pruning.observe()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,36 +173,166 @@ class PruneCallback(TrainerCallback):
         self.pruning.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Decide, where the schedule says so."""
-        schedule = self.stage.schedule
-        if schedule is not None and is_due(schedule, state.global_step, state.max_steps):
-            self._decide(share(schedule, state.global_step, state.max_steps))
+        """Decide, where the schedule says so; stop, where a signal says so."""
+        step, steps, epochs = state.global_step, state.max_steps, state.num_train_epochs
+        if self.deciding and is_due(self.schedule, step, steps, epochs):
+            self._decide(share(self.schedule, step, steps), state, kwargs)
+        if self.interrupt.agreed():
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go back to the last plan that was good enough, where the metric says so."""
+        if self.schedule.stop_metric is not None and not self.stopped:
+            self._judge(kwargs["metrics"], state)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add what is left of the model."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            found = self.figures()
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what is known beside the checkpoint."""
+        if state.is_world_process_zero:
+            self._save(checkpoint_of(args, state, None), state.max_steps)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a signal, end here: the checkpoint is written, and nothing is removed."""
+        if self.interrupt.requested:
+            self.interrupt.disarm()
+            raise KeyboardInterrupt(f"stopped and saved at step {state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Really remove what the gates have closed."""
-        if self.reached < 1:
-            self._decide(1.0)
-        model, optimizer = kwargs["model"], kwargs.get("optimizer")
-        names = {id(p): name for name, p in model.named_parameters()}
-        self.pruning.finish()
-        self.plan = self._final_plan(model)
-        if optimizer is not None:
-            rebind_optimizer_(optimizer, names, model)
+        self.interrupt.disarm()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._resume(Path(state.best_model_checkpoint), state.max_steps)
+        if self.deciding:
+            self._decide(1.0, state, kwargs)
+        self._finish(kwargs["model"], kwargs.get("optimizer"))
 
-    def _decide(self, fraction: float) -> None:
+    def _start(self, model: Any) -> None:
+        self._reset()
+        self.pruning.start(model)
+        self.parameters = count_parameters(model)
+
+    def _decide(self, fraction: float, state: Any, kwargs: Mapping[str, Any]) -> None:
         self.pruning.decide(fraction)
         self.reached = fraction
         logger.info("sparsity %.4f, kept %s", self.stage.fraction * fraction, self.pruning.kept())
-        if fraction >= 1 and self.selection is not None and not self.selection.met:
-            for outcome in self.selection.outcomes:
+        if fraction < 1:
+            return
+        self.pruning.settle()
+        if self.schedule.rewind and self.early:
+            restore_(kwargs["model"], self.early)
+            self.pruning.after_step()
+            self.early = {}
+        _forget_best(state)
+        for outcome in self.selection.outcomes if self.selection is not None else ():
+            if not outcome.met:
                 logger.warning(
-                    "%s: %d of %d could be removed; floors and ignored sites hold the rest",
+                    "%s: %d of %d asked for could be removed; floors and ignored sites hold the "
+                    "rest",
                     outcome.cost,
                     outcome.removed,
                     outcome.asked,
                 )
 
-    def _final_plan(self, model: Any) -> Plan:
-        if self.selection is not None:
-            return self.selection.plan
-        return Plan(model.config.model_type, weights=count_kept(self.masks))
+    def _judge(self, metrics: Mapping[str, float], state: Any) -> None:
+        name = f"eval_{self.schedule.stop_metric}"
+        if name not in metrics:
+            raise ConfigError(
+                f"stop_metric: evaluation gives no {name!r}, only {', '.join(sorted(metrics))}."
+            )
+        assert self.schedule.stop_below is not None  # noqa: S101  # checked by the recipe
+        if metrics[name] >= self.schedule.stop_below:
+            self.good = (self.reached, self.selection)
+            return
+        assert not isinstance(self.pruning, WeightPruning)  # noqa: S101  # checked by the recipe
+        self.reached, selection = self.good
+        self.pruning.take(selection)
+        self.pruning.settle()
+        self.stopped = True
+        _forget_best(state)
+        logger.warning(
+            "%s=%.4f is below %.4f: back to the last good plan, %s",
+            name,
+            metrics[name],
+            self.schedule.stop_below,
+            self.pruning.kept(),
+        )
+
+    def _finish(self, model: Any, optimizer: Any) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.pruning.finish()
+        if isinstance(self.pruning, WeightPruning):
+            self.plan = Plan(model.config.model_type, weights=count_kept(self.masks))
+        else:
+            nothing = Plan(model.config.model_type)
+            self.plan = nothing if self.selection is None else self.selection.plan
+        if optimizer is not None:
+            rebind_optimizer_(optimizer, names, model)
+
+    def figures(self) -> dict[str, float]:
+        """What is left now, for logs: sparsity, units by kind, parameters, MACs of units."""
+        result = {f"prune/kept_{kind}": float(n) for kind, n in self.pruning.kept().items()}
+        if isinstance(self.pruning, WeightPruning):
+            result["prune/sparsity"] = self.stage.fraction * self.reached
+            return result
+        pruning, selection = self.pruning, self.selection
+        gone, macs = 0, 0
+        for site in pruning.sites:
+            removed = len(selection.plan.sites[site.name].removed) if selection else 0
+            gone += removed * site.parameters
+            cost = unit_cost(site, "macs", self.stage.sequence_length)
+            macs += (site.units - removed) * cost
+        result["prune/parameters"] = float(self.parameters - gone)
+        result["prune/macs"] = float(macs)
+        if isinstance(pruning, LearnedPruning):
+            result["prune/sparsity"] = pruning.sparsity
+            result["prune/asked"] = self.stage.fraction * pruning.share
+        else:
+            outcome = selection.outcomes[0] if selection else None
+            result["prune/sparsity"] = outcome.removed / outcome.total if outcome else 0.0
+        return result
+
+    def _fingerprint(self, max_steps: int) -> str:
+        text = json.dumps([self.stage.model_dump(mode="json"), self.seed, max_steps])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _save(self, checkpoint: Path, max_steps: int) -> None:
+        data, tensors = self.pruning.state()
+        reached, selection = self.good
+        whole = {
+            "recipe": self._fingerprint(max_steps),
+            "reached": self.reached,
+            "stopped": self.stopped,
+            "good": {"reached": reached, "selection": selection_to_dict(selection)},
+            "pruning": data,
+        }
+        early = {f"{PREFIX}{name}": value for name, value in self.early.items()}
+        write_state(checkpoint, self.part, whole, {**tensors, **early})
+
+    def _resume(self, checkpoint: Path, max_steps: int) -> None:
+        whole, tensors = read_state(checkpoint, self.part)
+        if whole["recipe"] != self._fingerprint(max_steps):
+            raise CheckpointError(
+                f"{checkpoint} was written with another prune stage, seed or number of steps: "
+                "resume with the same recipe and arguments, or start anew."
+            )
+        self.pruning.load(whole["pruning"], tensors)
+        self.reached, self.stopped = float(whole["reached"]), bool(whole["stopped"])
+        good = whole["good"]
+        self.good = (float(good["reached"]), selection_from_dict(good["selection"]))
+        self.early = {
+            name.removeprefix(PREFIX): value
+            for name, value in tensors.items()
+            if name.startswith(PREFIX)
+        }
+
+
+def _forget_best(state: Any) -> None:
+    """Let the models from here on compete among themselves for the best."""
+    state.best_metric = state.best_model_checkpoint = state.best_global_step = None

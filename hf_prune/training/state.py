@@ -141,4 +141,8 @@ def checkpoint_of(args: Any, state: Any, resume_from: "str | os.PathLike[str] | 
     """The folder of the checkpoint that a training resumes from, or has just written."""
     if resume_from is not None:
         return Path(resume_from)
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if getattr(state, "is_hyper_param_search", False):  # each trial has a folder of its own
+        trials = Path(args.output_dir).glob(f"*/{name}")
+        return max(trials, key=lambda path: path.stat().st_mtime_ns)
+    return Path(args.output_dir) / name

@@ -1,6 +1,8 @@
 """Heads and neurons that go while a model trains: scores from its gradients, gates as masks."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -8,12 +10,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.budget.costs import make_goal
-from hf_prune.budget.solvers import Selection, decide, get_solver
+from hf_prune.budget.costs import Goal, make_goal
+from hf_prune.budget.solvers import Outcome, Selection, decide, get_solver
 from hf_prune.criteria import get_criterion, needs
+from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError, NumericsError, PlanError
-from hf_prune.gates import Gates, attach_gates, plan_gates
+from hf_prune.gates import Gates, attach_gates, check_plan, plan_gates
 from hf_prune.measure.counts import count_encoder_parameters
+from hf_prune.plan import Plan
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
 from hf_prune.statistics.collect import Statistics, sum_over_processes
@@ -22,6 +26,9 @@ from hf_prune.surgery.remove import remove_units
 
 TRAINING_STATISTICS = {"gate_grad", "generator"}
 """What training itself provides. Other statistics need a calibration pass: use `compress`."""
+
+State = tuple[dict[str, Any], dict[str, Tensor]]
+"""What must survive a restart: plain data, and tensors by name."""
 
 
 def same_on_all_processes(selection: Selection) -> Selection:
@@ -37,6 +44,50 @@ def same_on_all_processes(selection: Selection) -> Selection:
     return selection
 
 
+def selection_to_dict(selection: Selection | None) -> dict[str, Any] | None:
+    """A selection as plain data."""
+    if selection is None:
+        return None
+    outcomes = [[o.cost, o.asked, o.removed, o.total] for o in selection.outcomes]
+    return {"plan": selection.plan.to_dict(), "outcomes": outcomes, "error": selection.error}
+
+
+def selection_from_dict(data: Mapping[str, Any] | None) -> Selection | None:
+    """The selection that `selection_to_dict` described."""
+    if data is None:
+        return None
+    outcomes = tuple(Outcome(*outcome) for outcome in data["outcomes"])
+    return Selection(Plan.from_dict(data["plan"]), outcomes, float(data["error"]))
+
+
+def kept_by_kind(sites: Sequence[Site], selection: Selection | None) -> dict[str, int]:
+    """Units kept, by kind."""
+    result: dict[str, int] = {}
+    for site in sites:
+        plan = selection.plan.sites[site.name] if selection else None
+        result[site.kind] = result.get(site.kind, 0) + (len(plan.kept) if plan else site.units)
+    return result
+
+
+def goal_at(sites: Sequence[Site], stage: Prune, share: float, encoder: int) -> Goal:
+    """What is to go at a share of the final sparsity.
+
+    Args:
+        sites: from `find_sites`.
+        stage: with a sparsity.
+        share: in [0, 1].
+        encoder: parameters of all layers, the base of `of: layers`.
+    """
+    layers = (stage.of, stage.cost) == ("layers", "parameters")
+    return make_goal(
+        sites,
+        stage.cost,
+        stage.fraction * share,
+        sequence_length=stage.sequence_length,
+        base=encoder if layers else None,
+    )
+
+
 @dataclass
 class StructuredPruning:
     """The state of a structured stage in a running training."""
@@ -45,9 +96,11 @@ class StructuredPruning:
     seed: int
     model: PreTrainedModel | None = None
     sites: list[Site] = field(default_factory=list)
+    encoder: int = 0
     gates: Gates = field(default_factory=Gates)
     sums: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
+    overflows: int = 0
     last: Statistics = field(default_factory=dict)
     selection: Selection | None = None
 
@@ -65,35 +118,74 @@ class StructuredPruning:
         """Find the sites and attach gates, all open."""
         self.model = model
         self.sites = find_sites(model, self.stage.units, self.stage.ignore)
-        self.base = count_encoder_parameters(model)
+        self.encoder = count_encoder_parameters(model)
+        self.gates.remove()  # those of a training that was broken off
         self.gates = attach_gates(model, self.sites)
-        self.sums, self.steps, self.last, self.selection = {}, 0, {}, None
+        self.sums, self.steps, self.overflows, self.last, self.selection = {}, 0, 0, {}, None
+        self._set_gates()
+
+    @property
+    def _regrows(self) -> bool:
+        schedule = self.stage.schedule
+        return schedule is not None and schedule.regrow and self.needs_gradients()
 
     def needs_gradients(self) -> bool:
         """Whether the criterion reads gradients."""
         return "gate_grad" in needs(get_criterion(self.stage.criterion))
 
-    @torch.no_grad()
-    def observe(self) -> None:
-        """Add `|dL/dg|` of this step, read off the gradient of each output projection.
+    def before_step(self) -> None:
+        """Gates hold from step to step."""
 
-        `dL/dg_u = sum(W_u * dL/dW_u)` over the columns of unit `u`: no further pass is needed.
+    def _gradients(self) -> list[Tensor]:
+        """`|dL/dg|` of the step that has just been computed, `[U]` for each site.
+
+        `dL/dg_u = sum(W_u * dL/dW_u)` over the columns of unit `u`: no further pass is needed. For
+        a closed unit that is 0; where it may come back, the gate itself takes part in the graph.
         """
-        if not self.needs_gradients():
-            return
+        if self._regrows:
+            leaves = [self.gates.values[site.name] for site in self.sites]
+            found = [torch.zeros_like(g) if g.grad is None else g.grad for g in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+            whole = sum_over_processes(torch.cat(found)).abs()  # gates are local to each process
+            return list(whole.split([site.units for site in self.sites]))
         assert self.model is not None  # noqa: S101  # start() came first
         base = base_model(self.model)
+        result = []
         for site in self.sites:
             module = projection(base, site.gate.module)
             weight, gradient = logical_weight(module), logical_weight(module, gradient=True)
             columns = (weight * gradient).sum(dim=0)  # [E, U * D] -> [U * D]
-            per_unit = columns.view(site.units, site.gate.width).sum(dim=1).abs()  # [U]
-            self.sums[site.name] = self.sums.get(site.name, torch.zeros_like(per_unit)) + per_unit
+            result.append(columns.view(site.units, site.gate.width).sum(dim=1).abs())  # [U]
+        return result
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Add `|dL/dg|` of this step, as a share of its sum over all units.
+
+        So a step counts as much as any other, whatever the scale of its loss, of mixed precision
+        and of clipping. A step that overflowed is passed over, as the optimizer does.
+        """
+        if not self.needs_gradients():
+            return
+        found = self._gradients()
+        total = torch.cat(found).float().sum()
+        if not torch.isfinite(total):
+            self.overflows += 1
+            return
+        total = total.clamp(min=torch.finfo(torch.float32).tiny)
+        for site, values in zip(self.sites, found, strict=True):
+            share = values.float() / total
+            self.sums[site.name] = self.sums[site.name] + share if self.steps else share
         self.steps += 1
 
     def _statistics(self) -> Statistics:
         """The statistics since the last decision; those of it, if no step came between."""
         if self.steps == 0 and self.needs_gradients():
+            if self.overflows:
+                raise NumericsError(
+                    f"the gradient was not finite in {self.overflows} steps: training diverged."
+                )
             if not self.last:
                 raise DataError(
                     "training ended before a single optimizer step: nothing was pruned."
@@ -102,8 +194,6 @@ class StructuredPruning:
         result: Statistics = {site.name: {} for site in self.sites}
         for name, value in self.sums.items():
             total = sum_over_processes(value) / PartialState().num_processes
-            if not torch.isfinite(total).all():
-                raise NumericsError(f"{name}: the gradient is not finite: training diverged.")
             result[name]["gate_grad"] = (total / max(self.steps, 1)).cpu()
         self.last = result
         return result
@@ -111,26 +201,41 @@ class StructuredPruning:
     def decide(self, share: float) -> None:
         """Choose what stays at `share` of the final sparsity, and close the other gates."""
         assert self.model is not None  # noqa: S101  # start() came first
-        stage = self.stage.model_copy(update={"sparsity": self.stage.fraction * share})
-        rankings = score(self.model, self.sites, stage.criterion, self._statistics(), self.seed)
-        base = self.base if (stage.of, stage.cost) == ("layers", "parameters") else None
-        goal = make_goal(
-            self.sites,
-            stage.cost,
-            stage.fraction,
-            sequence_length=stage.sequence_length,
-            base=base,
+        rankings = score(
+            self.model, self.sites, self.stage.criterion, self._statistics(), self.seed
         )
+        self.take(self._select(rankings, share))
+        self.sums, self.steps, self.overflows = {}, 0, 0
+
+    def _select(self, rankings: Mapping[str, Ranking], share: float) -> Selection:
+        assert self.model is not None  # noqa: S101  # start() came first
+        goal = goal_at(self.sites, self.stage, share, self.encoder)
         model_type = self.model.config.model_type
-        selection = decide(self.sites, rankings, stage, [goal], model_type=model_type)
-        self.selection = same_on_all_processes(selection)
-        device = self.model.device
-        gates = {name: gate.to(device) for name, gate in plan_gates(selection.plan).items()}
-        self.gates.values = gates
-        self.sums, self.steps = {}, 0
+        return same_on_all_processes(
+            decide(self.sites, rankings, self.stage, [goal], model_type=model_type)
+        )
+
+    def take(self, selection: Selection | None) -> None:
+        """Close the gates of what a selection removes, and open all others."""
+        self.selection = selection
+        self._set_gates()
+
+    def _set_gates(self) -> None:
+        assert self.model is not None  # noqa: S101  # start() came first
+        closed = {} if self.selection is None else plan_gates(self.selection.plan)
+        values = {name: gate.to(self.model.device) for name, gate in closed.items()}
+        if self._regrows:
+            for site in self.sites:
+                gate = values.get(site.name, torch.ones(site.units, device=self.model.device))
+                values[site.name] = gate.requires_grad_()
+        self.gates.values = values
 
     def after_step(self) -> None:
         """Gates hold by themselves: nothing to do after the optimizer."""
+
+    def settle(self) -> None:
+        """The last decision has been taken: gates no longer take part in the graph."""
+        self.gates.values = {name: gate.detach() for name, gate in self.gates.values.items()}
 
     def finish(self) -> None:
         """Open the gates and really remove what they had closed."""
@@ -140,8 +245,40 @@ class StructuredPruning:
 
     def kept(self) -> dict[str, int]:
         """Units kept, by kind, for logs."""
-        result: dict[str, int] = {}
-        for site in self.sites:
-            plan = self.selection.plan.sites[site.name] if self.selection else None
-            result[site.kind] = result.get(site.kind, 0) + (len(plan.kept) if plan else site.units)
-        return result
+        return kept_by_kind(self.sites, self.selection)
+
+    def state(self) -> State:
+        """What must survive a restart."""
+        tensors = {f"sum.{name}": value for name, value in self.sums.items()}
+        for name, values in self.last.items():
+            tensors |= {f"last.{name}": value for value in values.values()}
+        data = {
+            "selection": selection_to_dict(self.selection),
+            "steps": self.steps,
+            "overflows": self.overflows,
+        }
+        return data, tensors
+
+    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            PlanError: when the plan there does not fit this model.
+        """
+        assert self.model is not None  # noqa: S101  # start() came first
+        selection = selection_from_dict(data["selection"])
+        if selection is not None:
+            check_plan(selection.plan, self.sites, self.model.config.model_type)
+        self.take(selection)
+        self.steps, self.overflows = int(data["steps"]), int(data["overflows"])
+        device = self.model.device
+        self.sums = {
+            name.removeprefix("sum."): value.to(device)
+            for name, value in tensors.items()
+            if name.startswith("sum.")
+        }
+        self.last = {
+            name.removeprefix("last."): {"gate_grad": value}
+            for name, value in tensors.items()
+            if name.startswith("last.")
+        }

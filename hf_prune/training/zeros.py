@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_prune.errors import ConfigError
+from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.recipe import Prune, did_you_mean
 from hf_prune.weights.find import find_weights
 from hf_prune.weights.masks import (
@@ -60,8 +61,37 @@ class WeightPruning:
         assert self.model is not None  # noqa: S101  # start() came first
         apply_masks_(self.model, self.masks)
 
+    def before_step(self) -> None:
+        """Masks hold from step to step."""
+
+    def settle(self) -> None:
+        """Nothing more to do once everything is decided."""
+
     def finish(self) -> None:
         """The zeros are in the weights already."""
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What must survive a restart."""
+        return {}, dict(self.masks)
+
+    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            CheckpointError: when a mask there does not fit this model.
+        """
+        assert self.model is not None  # noqa: S101  # start() came first
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        masks = {name: mask for name, mask in tensors.items() if name in shapes}
+        for name, mask in masks.items():
+            if mask.shape != shapes[name] or mask.dtype != torch.bool:
+                raise CheckpointError(f"the mask of {name} does not fit this model.")
+        self.masks = {name: mask.to(self._device()) for name, mask in masks.items()}
+        apply_masks_(self.model, self.masks)
+
+    def _device(self) -> torch.device:
+        assert self.model is not None  # noqa: S101  # start() came first
+        return next(self.model.parameters()).device
 
     def kept(self) -> dict[str, int]:
         """Entries kept, for logs."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 from hf_prune.checkpoint import folder as folder_module
-from hf_prune.checkpoint.folder import check_output, staged_folder
+from hf_prune.checkpoint.folder import STALE_SECONDS, check_output, staged_folder
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import CheckpointError, OutputExistsError
@@ -128,6 +128,52 @@ def test_a_folder_without_permission_is_refused(tmp_path):
             check_output(tmp_path / "out", overwrite=False)
     finally:
         tmp_path.chmod(0o700)
+
+
+def gone():
+    """The number of a process that has ended."""
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def leave(path, age):
+    """A folder that was last changed so many seconds ago."""
+    path.mkdir()
+    (path / "a.txt").write_text("left")
+    for item in (path / "a.txt", path):
+        os.utime(item, (time.time() - age, time.time() - age))
+
+
+def test_stages_of_killed_processes_are_removed(tmp_path):
+    out = tmp_path / "out"
+    dead, old = gone(), STALE_SECONDS + 60
+    leave(tmp_path / f"out.tmp-{dead}-0123abcd", old)
+    stays = {f"out.tmp-{dead}-2123abcd", f"out.tmp-{os.getpid()}-3123abcd", "out.tmp-x", "out2"}
+    leave(tmp_path / f"out.tmp-{dead}-2123abcd", 10)  # its process may live on another machine
+    leave(tmp_path / f"out.tmp-{os.getpid()}-3123abcd", old)
+    leave(tmp_path / "out.tmp-x", old)
+    leave(tmp_path / "out2", old)
+    write(out, "old")
+    leave(tmp_path / f"out.tmp-{dead}-1123abcd.old", old)
+    write(out, "new", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *stays}
+    assert content(out) == {"a.txt": b"new", "b.txt": b"new"}
+
+
+def test_a_kill_between_two_renames_is_undone(tmp_path, monkeypatch):
+    """Where folders cannot be swapped: the old folder lies beside, and none is in its place."""
+    monkeypatch.setattr(folder_module, "_exchange", lambda new, old: False)
+    out = tmp_path / "out"
+    write(out, "old")
+    aside = tmp_path / f"out.tmp-{gone()}-0123abcd.old"
+    os.replace(out, aside)
+    with pytest.raises(OutputExistsError, match="out exists and is not empty"):
+        write(out, "new")
+    assert content(out) == {"a.txt": b"old", "b.txt": b"old"}
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def _save_for_ever(models, out):

@@ -251,7 +251,7 @@ def seen_and_gradients(model, sites, example, seed):
 
         def keep(_, args, output, key=site.name):
             leaves[key] = torch.zeros_like(output, requires_grad=True)
-            seen[key] = args[0].detach()[0]
+            seen[key] = args[0].detach().flatten(0, -2)  # [1, T, N] or [T, N] -> [T, N]
             return output + leaves[key]
 
         module = projection(base_model(model), site.gate.module)
@@ -274,9 +274,10 @@ def seen_and_gradients(model, sites, example, seed):
 
 def of_example(site, x, loss_gradient, gradient):
     """What one example adds to each statistic, one token at a time."""
-    square = (loss_gradient[0].T @ x).square().double()  # [E, U * D]
+    loss_gradient, gradient = loss_gradient.flatten(0, -2), gradient.flatten(0, -2)  # [T, E]
+    square = (loss_gradient.T @ x).square().double()  # [E, U * D]
     columns = square.unflatten(1, (site.units, site.gate.width))
-    tokens = list(zip(x.double(), gradient[0].double(), strict=True))
+    tokens = list(zip(x.double(), gradient.double(), strict=True))
     return {
         "weight_grad_square": columns.transpose(0, 1).flatten(1),
         "input_gram": sum(torch.outer(a, a) for a, _ in tokens),

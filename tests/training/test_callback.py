@@ -186,13 +186,6 @@ def test_training_that_stops_right_after_a_decision_still_ends_small(tiny, tmp_p
     assert callback.selection.met
 
 
-def test_best_model_is_refused(tiny, tmp_path):
-    job = trainer(tiny("bert"), tmp_path, PruneCallback(recipe()))
-    job.args.load_best_model_at_end = True
-    with pytest.raises(ConfigError, match="load_best_model_at_end would bring back"):
-        job.train()
-
-
 def test_a_teacher_of_other_classes_is_refused(tiny, tmp_path):
     teacher = tiny("bert")
     teacher.config.num_labels = 5

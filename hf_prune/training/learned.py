@@ -1,0 +1,284 @@
+"""Masks that are learned by gradient while a model trains: movement and hard-concrete gates.
+
+Each unit has one parameter. It lives beside the model, and learns from the gradient of its gate,
+which all processes share. At the end what stays is chosen by the solver, so that the cost that was
+asked for is met exactly, and the gates are plain 0 and 1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_prune.budget.solvers import Selection, decide, get_solver
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.errors import NumericsError
+from hf_prune.gates import Gates, attach_gates, check_plan, expand_gate, plan_gates
+from hf_prune.measure.counts import count_encoder_parameters
+from hf_prune.recipe import Prune
+from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
+from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.surgery.remove import remove_units
+from hf_prune.training import hard_concrete
+from hf_prune.training.structure import (
+    State,
+    goal_at,
+    kept_by_kind,
+    same_on_all_processes,
+    selection_from_dict,
+    selection_to_dict,
+)
+
+L0_START = 2.5
+"""Of `log_alpha`: a gate is open in 98 of 100 steps."""
+
+
+@dataclass
+class LearnedPruning:
+    """The state of a stage with learned masks in a running training.
+
+    Attributes:
+        parameters: `[U]` of all units of all sites in a row: scores, or `log_alpha`.
+        multipliers: `[2]`, of the Lagrangian, linear and square.
+        share: of the final sparsity, that is asked for now.
+        sparsity: fraction of the base that the gates are expected to remove.
+        settled: whether the last decision was taken.
+    """
+
+    stage: Prune
+    seed: int
+    model: PreTrainedModel | None = None
+    sites: list[Site] = field(default_factory=list)
+    gates: Gates = field(default_factory=Gates)
+    parameters: Tensor = field(default_factory=lambda: torch.zeros(0))
+    multipliers: Tensor = field(default_factory=lambda: torch.zeros(2))
+    share: float = 0.0
+    sparsity: float = 0.0
+    settled: bool = False
+    selection: Selection | None = None
+
+    def __post_init__(self) -> None:
+        get_solver(self.stage.solver)
+
+    def start(self, model: PreTrainedModel) -> None:
+        """Attach gates, all open, and their parameters."""
+        self.model = model
+        self.sites = find_sites(model, self.stage.units, self.stage.ignore)
+        self.encoder = count_encoder_parameters(model)
+        self.gates.remove()  # those of a training that was broken off
+        self.gates = attach_gates(model, self.sites)
+        goal = goal_at(self.sites, self.stage, 1.0, self.encoder)
+        per_unit = [torch.full((s.units,), float(goal.tables[s.name][1])) for s in self.sites]
+        device = model.device
+        self.costs = torch.cat(per_unit).to(device) / goal.total  # [all units], shares of the base
+        self.target = goal.asked / goal.total
+        start = L0_START if self.stage.masks == "l0" else 0.0
+        self.parameters = torch.full_like(self.costs, start)
+        self.optimizer = torch.optim.Adam([self.parameters], lr=self.stage.mask_learning_rate)
+        self.multipliers = torch.zeros(2, device=device)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.share, self.sparsity, self.settled, self.selection = 0.0, 0.0, False, None
+        self._set(torch.ones_like(self.parameters))
+
+    def _split(self, values: Tensor) -> dict[str, Tensor]:
+        parts = values.split([site.units for site in self.sites])
+        return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
+
+    def _set(self, values: Tensor) -> None:
+        """Gates with these values; their gradient is what the parameters learn from."""
+        fresh = {k: v.detach().clone().requires_grad_() for k, v in self._split(values).items()}
+        self.gates.values = fresh
+
+    def before_step(self) -> None:
+        """Draw new gates, where they are random; evaluation sees them without noise."""
+        if self.settled or self.stage.masks != "l0":
+            return
+        noise = torch.rand(len(self.parameters), generator=self.generator)
+        noise = noise.clamp(1e-6, 1 - 1e-6).to(self.parameters.device)  # same on all processes
+        self.parameters.requires_grad_()
+        self.drawn = hard_concrete.sample(self.parameters, noise)
+        self._set(self.drawn)
+        self.gates.evaluation = self._split(hard_concrete.expected(self.parameters.detach()))
+
+    def observe(self) -> None:
+        """Let the parameters learn from the gradients of the gates in this step."""
+        if self.settled:
+            return
+        leaves = list(self.gates.values.values())
+        found = [torch.zeros_like(g) if g.grad is None else g.grad for g in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        gradient = sum_over_processes(torch.cat(found).float()) / PartialState().num_processes
+        if not torch.isfinite(gradient).all():
+            raise NumericsError("the gradient of a gate is not finite: training diverged.")
+        if self.stage.masks == "l0":
+            self._learn_l0(gradient)
+        else:
+            self._move(gradient)
+
+    def _learn_l0(self, gradient: Tensor) -> None:
+        self.drawn.backward(gradient)
+        closed = 1 - hard_concrete.open_probability(self.parameters)
+        missing = self.target * self.share - (self.costs * closed).sum()
+        linear, square = self.multipliers
+        (linear * missing + square * missing.square()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        missing = missing.detach()
+        steps = torch.stack([missing, missing.square()])
+        self.multipliers += self.stage.mask_learning_rate * steps
+        self.sparsity = float(self.target * self.share - missing)
+
+    @torch.no_grad()
+    def _move(self, gradient: Tensor) -> None:
+        """Scores grow where the loss asks for a larger gate (straight-through)."""
+        if self.stage.masks == "soft_movement":
+            gates = torch.sigmoid(self.parameters)
+            penalty = self.stage.mask_penalty * self.share / len(self.parameters)
+            gradient = gradient + penalty * gates * (1 - gates)
+        self.parameters -= self.stage.mask_learning_rate * gradient
+
+    def _rankings(self) -> dict[str, Ranking]:
+        """Parameters as losses: each kind in its own scale, times what a unit costs.
+
+        So the order by loss per cost is that of the parameters.
+        """
+        values = self.parameters.detach().double().cpu()
+        if self.stage.masks == "l0":
+            scores = hard_concrete.open_probability(values)
+        else:
+            scores = torch.empty_like(values)
+            for kind in {site.kind for site in self.sites}:
+                mine = torch.cat([torch.full((s.units,), s.kind == kind) for s in self.sites])
+                scores[mine] = values[mine] / values[mine].std().clamp(min=1e-12)
+            scores = scores - scores.min()
+        losses = self._split((scores + 1e-9) * self.costs.double().cpu())
+        return {name: Ranking.from_scores(part) for name, part in losses.items()}
+
+    def _select(self, share: float) -> Selection:
+        assert self.model is not None  # noqa: S101  # start() came first
+        goal = goal_at(self.sites, self.stage, share, self.encoder)
+        model_type = self.model.config.model_type
+        return same_on_all_processes(
+            decide(self.sites, self._rankings(), self.stage, [goal], model_type=model_type)
+        )
+
+    def decide(self, share: float) -> None:
+        """Ask for `share` of the final sparsity; at 1 choose what stays, once and for all."""
+        self.share = share
+        if share >= 1:
+            self._settle(self._select(1.0))
+        elif self.stage.masks != "l0":
+            chosen = self._select(1.0 if self.stage.masks == "soft_movement" else share)
+            self.selection = chosen
+            masks = self._flat(chosen)
+            if self.stage.masks == "soft_movement":
+                masks = torch.maximum(masks, (self.parameters >= 0).float())  # never past the goal
+            self._set(masks)
+            total = (self.costs * (1 - masks)).sum()
+            self.sparsity = float(total)
+
+    def _flat(self, selection: Selection) -> Tensor:
+        """A selection as 0 and 1, `[all units]`."""
+        closed = plan_gates(selection.plan)
+        gates = [closed.get(site.name, torch.ones(site.units)) for site in self.sites]
+        return torch.cat(gates).to(self.parameters.device)
+
+    @torch.no_grad()
+    def _settle(self, selection: Selection) -> None:
+        if self.stage.masks == "l0":
+            self._fold(hard_concrete.expected(self.parameters.detach()))
+        self.take(selection)
+
+    def _fold(self, values: Tensor) -> None:
+        """Write what each gate lets through into the columns that it stands before."""
+        assert self.model is not None  # noqa: S101  # start() came first
+        base = base_model(self.model)
+        for site, gate in zip(self.sites, self._split(values).values(), strict=True):
+            weight = logical_weight(projection(base, site.gate.module))  # [E, U * D]
+            weight.mul_(expand_gate(gate, site.gate.width))
+
+    def take(self, selection: Selection | None) -> None:
+        """Hold to a selection: gates are 0 and 1, and no longer learn."""
+        self.selection, self.settled = selection, True
+        self.gates.evaluation = {}
+        if selection is None:
+            self.gates.values = {}
+            return
+        self.gates.values = self._split(self._flat(selection))
+        self.sparsity = selection.outcomes[0].removed / max(selection.outcomes[0].total, 1)
+
+    def after_step(self) -> None:
+        """Gates hold by themselves: nothing to do after the optimizer."""
+
+    def settle(self) -> None:
+        """Nothing more to do: the last decision has done it."""
+
+    def finish(self) -> None:
+        """Open the gates and really remove what they had closed."""
+        self.gates.remove()
+        if self.model is not None and self.selection is not None:
+            remove_units(self.model, self.selection.plan)
+
+    def kept(self) -> dict[str, int]:
+        """Units whose gate is open now, by kind, for logs."""
+        if self.settled or self.stage.masks != "l0":
+            return kept_by_kind(self.sites, self.selection)
+        gates = self._split(hard_concrete.expected(self.parameters.detach()))
+        result: dict[str, int] = {}
+        for site in self.sites:
+            opened = int((gates[site.name] > 0).sum())
+            result[site.kind] = result.get(site.kind, 0) + opened
+        return result
+
+    def state(self) -> State:
+        """What must survive a restart."""
+        tensors = {
+            "parameters": self.parameters,
+            "multipliers": self.multipliers,
+            "generator": self.generator.get_state(),
+        }
+        if not self.settled:
+            tensors["gates"] = torch.cat([g.detach() for g in self.gates.values.values()])
+        for name, value in self.optimizer.state.get(self.parameters, {}).items():
+            tensors[f"adam.{name}"] = value
+        data = {
+            "selection": selection_to_dict(self.selection),
+            "share": self.share,
+            "sparsity": self.sparsity,
+            "settled": self.settled,
+        }
+        return data, tensors
+
+    @torch.no_grad()
+    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            PlanError: when the plan there does not fit this model.
+        """
+        assert self.model is not None  # noqa: S101  # start() came first
+        device = self.model.device
+        self.parameters.requires_grad_(False).copy_(tensors["parameters"])
+        self.multipliers.copy_(tensors["multipliers"])
+        self.generator.set_state(tensors["generator"])
+        moments = {
+            name.removeprefix("adam."): value.to(device)
+            for name, value in tensors.items()
+            if name.startswith("adam.")
+        }
+        if moments:
+            self.optimizer.state[self.parameters] = {**moments, "step": moments["step"].cpu()}
+        self.share, self.sparsity = float(data["share"]), float(data["sparsity"])
+        selection = selection_from_dict(data["selection"])
+        if selection is not None:
+            check_plan(selection.plan, self.sites, self.model.config.model_type)
+        if data["settled"]:
+            self.take(selection)
+        else:
+            self.selection = selection
+            self._set(tensors["gates"].to(device))
