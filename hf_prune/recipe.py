@@ -182,6 +182,9 @@ class Weights(_Model):
     convolutions, recurrent matrices and packed experts, if none is given."""
     embeddings: bool = False
     """Prune embeddings too, and what shares their matrix; by magnitude."""
+    remove_dead: bool = True
+    """Really remove neurons and heads that are left without effect, where calibration data is
+    given; the outputs do not change."""
     iterations: int = Field(default=12, ge=0)
     """Iterations of `admm`."""
     penalty: float = Field(default=0.5, gt=0)
