@@ -5,6 +5,7 @@ which imports
 torch: `hf-prune --help` must not wait for that.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from functools import wraps
