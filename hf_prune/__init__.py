@@ -3,10 +3,12 @@
 Importing this package registers the loader of pruned models with transformers, and nothing else.
 """
 
+from hf_prune.analysis import analyse_sensitivity
 from hf_prune.checkpoint.hook import register
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import HfPruneError
+from hf_prune.families import register_family
 from hf_prune.gates import close_gates
 from hf_prune.hub import push_to_hub
 from hf_prune.pipeline import compress, compress_family
@@ -32,17 +34,21 @@ __all__ = [
     "PruneCallback",
     "Recipe",
     "Result",
+    "analyse_sensitivity",
     "cache_logits",
     "close_gates",
     "compress",
     "compress_family",
     "find_sites",
+    "infer_family",
     "last_checkpoint",
+    "load_family",
     "load_recipe",
     "make_student",
     "prepare_trainer",
     "push_to_hub",
     "reconstruct",
+    "register_family",
     "remove_units",
     "save_model",
     "save_result",

@@ -17,6 +17,7 @@ from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
+from hf_prune.surgery.dead import remove_dead_
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
 
@@ -61,10 +62,15 @@ def _calibration(
 
 
 def _prune_weights(
-    model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int
+    model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int, masks: Masks
 ) -> tuple[Plan, Masks, dict[str, Any]]:
     result, entry = prune_stage_(model, stage, batches, seed)
-    return Plan(model.config.model_type, weights=count_kept(result.masks)), result.masks, entry
+    masks = {**masks, **result.masks}
+    dead = Plan(model.config.model_type)
+    if stage.single.remove_dead and batches:
+        dead, masks = remove_dead_(model, batches[0], masks)
+    entry["dead_units"] = sum(len(site.removed) for site in dead.sites.values())
+    return Plan(model.config.model_type, dead.sites, count_kept(masks)), masks, entry
 
 
 def _check(
@@ -134,8 +140,7 @@ def compress(
             done = prune_once(analysis, stage, metric)
             pruned, step, entry = done.model, done.decision.selection.plan, done.entry
         else:
-            step, new_masks, entry = _prune_weights(pruned, stage, batches, recipe.seed)
-            masks |= new_masks
+            step, masks, entry = _prune_weights(pruned, stage, batches, recipe.seed, masks)
         plan = plan.then(step)
         report["pruning"].append(entry)
     report["stages"]["pruned"] = measure_stage(pruned, report["sequence_length"])

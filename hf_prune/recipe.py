@@ -182,6 +182,9 @@ class Weights(_Model):
     convolutions, recurrent matrices and packed experts, if none is given."""
     embeddings: bool = False
     """Prune embeddings too, and what shares their matrix; by magnitude."""
+    remove_dead: bool = True
+    """Really remove neurons and heads that are left without effect, where calibration data is
+    given; the outputs do not change."""
     iterations: int = Field(default=12, ge=0)
     """Iterations of `admm`."""
     penalty: float = Field(default=0.5, gt=0)
@@ -246,6 +249,9 @@ class Prune(_Model):
     reconstruction_samples: int | None = Field(default=None, ge=1)
     """Examples for the re-fit; as many as `calibration_samples`, if not given. More help from about
     85 % sparsity on."""
+    search_trials: int = Field(default=0, ge=0)
+    """Networks of other widths that are built, re-fitted and judged before the plan is final. Helps
+    where most of the model goes, from about 85 % sparsity on."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
     masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"

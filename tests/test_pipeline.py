@@ -179,3 +179,20 @@ def test_every_public_name_is_documented():
     assert sorted(hf_prune.__all__) == list(hf_prune.__all__)
     for name in hf_prune.__all__:
         assert getattr(hf_prune, name).__doc__, name
+
+
+def test_single_weights_by_default_and_what_they_leave_dead(tiny, inputs_for):
+    """At high sparsity some neurons have no weight left that is read: they are really removed."""
+    model, batches = tiny("bert"), [inputs_for("bert", seed) for seed in range(4)]
+    stage = {"stage": "prune", "units": ["weights"], "sparsity": 0.97, "solver": "knapsack"}
+    recipe = {"stages": [{**stage, "ignore": ["classifier*"]}]}
+    result = compress(model, recipe, batches)
+    entry = result.report["pruning"][0]
+    assert (entry["criterion"], entry["sparsity"]) == ("admm", pytest.approx(0.97, abs=1e-3))
+    removed = sum(len(site.removed) for site in result.plan.sites.values())
+    assert entry["dead_units"] == removed > 0
+    for name, mask in result.masks.items():
+        weight = result.model.get_parameter(name)
+        assert weight.shape == mask.shape
+        assert not weight[~mask].any()
+    assert result.plan.weights == {name: int(mask.sum()) for name, mask in result.masks.items()}

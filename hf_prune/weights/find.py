@@ -61,11 +61,12 @@ def _experts(prefix: str, module: nn.Module) -> Iterator[Matrix]:
 
 def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]:
     name = f"{prefix}.weight" if prefix else "weight"
-    if isinstance(module, nn.Linear):
+    plain = "weight" in module._parameters  # not one that is computed, as under weight norm
+    if isinstance(module, nn.Linear) and plain:
         yield Matrix(name, prefix, "linear", module.weight)
     elif isinstance(module, Conv1D):
         yield Matrix(name, prefix, "linear", module.weight, transposed=True)
-    elif isinstance(module, CONVOLUTIONS):
+    elif isinstance(module, CONVOLUTIONS) and plain:
         yield Matrix(name, prefix, "convolution", module.weight, module.groups)
     elif isinstance(module, RECURRENT):
         for key, parameter in module.named_parameters(recurse=False):
@@ -90,6 +91,8 @@ def find_matrices(
     embeddings: bool = False,
 ) -> list[Matrix]:
     """The prunable matrices of any module, in its order, each shared one once.
+
+    Weights that are computed from others (weight norm and other parametrizations) are left alone.
 
     Args:
         model: any `nn.Module`.

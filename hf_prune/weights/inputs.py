@@ -130,6 +130,9 @@ class Replay:
                 handle.remove()
             for module in replaced:
                 del module.forward
+            for name in names:  # a run that ended before a module was called knows nothing of it
+                if not self.outputs[index, name]:
+                    del self.outputs[index, name]
 
 
 def _append_output(store: list[Tensor]) -> Any:
@@ -155,9 +158,11 @@ def main_tensor(module: nn.Module, call: Call) -> Tensor:
 
 
 def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
-    """`[..., C]` as `[rows, C]`, without padding where `value` is `[B, T, C]`."""
+    """`[..., C]` as `[rows, C]`, without padding where `value` is `[B, T, C]` or `[B * T, C]`."""
     if mask is not None and value.ndim == 3 and value.shape[:2] == mask.shape:
         return value[mask.to(value.device)]
+    if mask is not None and value.ndim == 2 and value.shape[0] == mask.numel():
+        return value[mask.flatten().to(value.device)]
     return value.reshape(-1, value.shape[-1])
 
 

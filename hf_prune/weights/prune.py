@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from hf_prune.errors import DataError, UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites
 from hf_prune.statistics.batches import Batch, token_mask
-from hf_prune.statistics.streams import Stream, both_in_eval, by_layer, run_layer, start_streams
+from hf_prune.statistics.streams import Stream, by_layer, run_layer, start_streams
 from hf_prune.weights.find import Matrix, set_values_
+from hf_prune.weights.inputs import traced
 from hf_prune.weights.masks import Masks
 from hf_prune.weights.patterns import keep
 from hf_prune.weights.problem import DATA_FREE, Options, data_free_scores
@@ -61,16 +62,29 @@ def _prune_without_data(matrices: Sequence[Matrix], removed: Removed, options: O
     return result
 
 
-def _known_layers(model: nn.Module) -> dict[str, list[Site]]:
-    """The sites of each layer, where one layer can be run after the other; else nothing."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    if getattr(model.config, "is_encoder_decoder", False):
+def _known_layers(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, list[Site]]:
+    """The sites of each layer, where one layer can be run after the other; else nothing.
+
+    A layer that runs several times, or not at all, or needs what another stack of layers gives,
+    cannot.
+    """
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return {}
     try:
-        return by_layer(find_sites(model))
+        layers = by_layer(find_sites(model))
     except UnsupportedModelError:
         return {}
+    with traced(base_model(model), list(layers)) as trace:
+        call_model(model, batches[0])
+    return layers if sorted(trace.order) == sorted(layers) else {}
+
+
+def _stacks(layers: Mapping[str, list[Site]]) -> list[dict[str, list[Site]]]:
+    """The layers of each stack: a text tower and an image tower do not feed each other."""
+    stacks: dict[str, dict[str, list[Site]]] = {}
+    for layer, sites in layers.items():
+        stacks.setdefault(layer.rpartition(".")[0], {})[layer] = sites
+    return list(stacks.values())
 
 
 @dataclass
@@ -176,13 +190,25 @@ class Job:
 
 
 def _prune_layers(
-    model: PreTrainedModel, matrices: Sequence[Matrix], batches: Sequence[Batch], job: Job
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    layers: Mapping[str, list[Site]],
+    matrices: Sequence[Matrix],
+    batches: Sequence[Batch],
+    job: Job,
 ) -> None:
-    """All matrices that lie in the layers of a known family."""
-    layers = by_layer(find_sites(model))
+    """All matrices that lie in the layers of one stack.
+
+    `dense` is the model itself, as long as nothing that comes before the layers was pruned.
+    """
     base = base_model(model)
     names = {id(module): name for name, module in model.named_modules()}
-    streams = start_streams(model, model, batches, list(layers))
+    streams = start_streams(dense, dense, batches, list(layers))
+    if dense is not model:
+        for stream, other in zip(
+            streams, start_streams(model, model, batches, list(layers)), strict=True
+        ):
+            stream.pruned = other.pruned
     for call, sites in layers.items():
         pruned = base.get_submodule(call)
         name = names[id(pruned)]
@@ -199,11 +225,15 @@ def _prune_whole(
     batches: Sequence[Inputs],
     job: Job,
 ) -> None:
-    """Any matrices, each reached from the input of the whole model."""
+    """Any matrices, each reached from the input of the whole model.
+
+    Of an encoder with a decoder all positions count, since one mask says nothing of the other's.
+    """
 
     def mask(batch: Inputs) -> Tensor | None:
-        known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping)
-        return token_mask(model, batch) if known else None  # type: ignore[arg-type]  # checked
+        if not isinstance(model, PreTrainedModel) or not isinstance(batch, Mapping):
+            return None
+        return None if model.config.is_encoder_decoder else token_mask(model, batch)
 
     block = Block(
         "",
@@ -257,26 +287,51 @@ def prune_weights_(
             f"criterion {options.criterion!r} with its re-fit needs calibration batches. Pass "
             "some, or choose a magnitude with reconstruct: false and dense_target: false."
         )
-    layers = _known_layers(model)
-    inside, outside = _split(model, rest, layers)
-    dense = copy.deepcopy(model) if outside else model
-    with both_in_eval(model, dense):
-        if inside:
-            _prune_layers(model, inside, batches, job)  # type: ignore[arg-type]  # a known family
-        if outside:
-            _prune_whole(model, dense, outside, batches, job)
+    training = model.training
+    model.eval()
+    _prune_with_data(model, rest, batches, job)
+    model.train(training)
     job.result.masks = {m.name: job.result.masks[m.name] for m in matrices}
     return job.result
 
 
-def _split(
-    model: nn.Module, matrices: Sequence[Matrix], layers: Mapping[str, list[Site]]
-) -> tuple[list[Matrix], list[Matrix]]:
-    """Matrices inside and outside of layers that can be run one after the other."""
+def _prune_with_data(
+    model: nn.Module, matrices: Sequence[Matrix], batches: Sequence[Inputs], job: Job
+) -> None:
+    """Layers, and the matrices before, between and behind them: as data passes."""
+    layers = _known_layers(model, batches)
+    parts = _in_order(model, matrices, layers, batches)
+    dense = copy.deepcopy(model) if any(outside for outside, _ in parts) else model
+    for outside, stack in parts:
+        if outside:
+            _prune_whole(model, dense, outside, batches, job)
+        if stack:
+            assert isinstance(model, PreTrainedModel) and isinstance(dense, PreTrainedModel)  # noqa: S101, PT018  # a known family
+            _prune_layers(model, dense, stack, matrices, batches, job)  # type: ignore[arg-type]  # transformers take mappings
+
+
+def _in_order(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    layers: Mapping[str, list[Site]],
+    batches: Sequence[Inputs],
+) -> list[tuple[list[Matrix], dict[str, list[Site]]]]:
+    """Stacks of layers as they run, each with the matrices outside of layers that run before it."""
     if not layers or not isinstance(model, PreTrainedModel):
-        return [], list(matrices)
+        return [(list(matrices), {})]
     base = base_model(model)
     names = {id(module): name for name, module in model.named_modules()}
-    starts = tuple(f"{names[id(base.get_submodule(layer))]}." for layer in layers)
-    inside = [matrix for matrix in matrices if matrix.name.startswith(starts)]
-    return inside, [matrix for matrix in matrices if matrix not in inside]
+    roots = {layer: names[id(base.get_submodule(layer))] for layer in layers}
+    starts = tuple(f"{root}." for root in roots.values())
+    outside = [matrix for matrix in matrices if not matrix.name.startswith(starts)]
+    watched = [*dict.fromkeys(matrix.module for matrix in outside), *roots.values()]
+    with traced(model, watched) as trace:
+        call_model(model, batches[0])
+    place = {name: index for index, name in reversed(list(enumerate(trace.order)))}
+    parts = []
+    for stack in sorted(_stacks(layers), key=lambda item: place[roots[next(iter(item))]]):
+        first = place[roots[next(iter(stack))]]
+        before = [m for m in outside if place.get(m.module, len(trace.order)) < first]
+        parts.append((before, stack))
+        outside = [matrix for matrix in outside if matrix not in before]
+    return [*parts, (outside, {})]

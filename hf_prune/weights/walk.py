@@ -52,7 +52,9 @@ class Block:
 def call_model(model: nn.Module, batch: Inputs) -> Any:
     """Run any module on one batch, without labels."""
     if isinstance(model, PreTrainedModel) and isinstance(batch, Mapping):
-        return model(**forward_kwargs(model, to_device(batch, model.device), labels=False))
+        # where there is a decoder of its own, its inputs are made from the labels
+        labels = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
+        return model(**forward_kwargs(model, to_device(batch, model.device), labels=labels))
     if isinstance(batch, Mapping):
         return model(**{name: value for name, value in batch.items() if name != "labels"})
     return model(*batch) if isinstance(batch, tuple) else model(batch)
@@ -94,6 +96,11 @@ class _Traces:
                     self.block.run_dense(index)
                 self.kept.append(trace)
 
+    def once(self, matrix: Matrix, block: Block) -> bool:
+        """Whether all that a module does is one multiplication by the matrix, once in each run."""
+        calls = self.kept[0].calls[block.local(matrix.module)]
+        return matrix.kind == "linear" and len(calls) == 1
+
     def get(self, index: int, names: Sequence[str]) -> Trace:
         """The trace of one batch, in which at least `names` are."""
         if self.kept:
@@ -120,7 +127,8 @@ def _add_sum(
     moments: Moments, dense: Trace, pruned: Trace, name: str, rows: Tensor, mask: Tensor
 ) -> None:
     """Add tokens whose target is the dense sum of residual and output, less the pruned residual."""
-    residual = pruned.totals[name] - pruned.outputs[name]
+    total = pruned.totals[name]
+    residual = total - pruned.outputs[name].view_as(total)
     moments.add(rows, real_rows(dense.totals[name].to(residual.device) - residual, mask))
 
 
@@ -207,4 +215,5 @@ def prune_block(
                     bias.copy_(_shared(fit.bias))
                 fits.append(fit)
             yield matrix, mask, fits
-        block.done += [block.local(m.module) for m in group if m.kind == "linear"]
+        if block.keep_traces:
+            block.done += [block.local(m.module) for m in group if traces.once(m, block)]

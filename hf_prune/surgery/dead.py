@@ -1,0 +1,140 @@
+"""Units that single zeros have left without effect: found, folded into a bias, really removed.
+
+A neuron or a head whose columns in the output projection are all zero adds nothing. A neuron whose
+rows are all zero gives the same number for every token, which moves into the bias of the output
+projection. What is left computes the same.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_prune.plan import Plan, SitePlan
+from hf_prune.sites import Site, base_model, find_sites, gate_weight, logical_weight, projection
+from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
+from hf_prune.surgery.remove import remove_units
+from hf_prune.surgery.shapes import keep_index
+
+Masks = Mapping[str, Tensor]
+
+
+def _rows_are_zero(model: PreTrainedModel, site: Site) -> Tensor:
+    """True for units none of whose inputs counts, `[U]`; only neurons of plain projections."""
+    base = base_model(model)
+    slices = [item for item in site.slices if item.axis == 0]
+    if site.kind != "neurons" or any(item.parameter for item in slices):
+        return torch.zeros(site.units, dtype=torch.bool)
+    zero = torch.ones(site.units, dtype=torch.bool)
+    for item in slices:
+        weight = logical_weight(projection(base, item.module)).detach()
+        rows = weight[item.offset : item.offset + site.units * item.width]  # [U * D, C]
+        zero &= (rows == 0).view(site.units, -1).all(dim=1).cpu()
+    return zero
+
+
+@torch.no_grad()
+def _constants(model: PreTrainedModel, sites: list[Site], batch: Batch) -> dict[str, Tensor]:
+    """What enters the output projection of each site at the first token, `[U * D]`."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for site in sites:
+
+        def keep(module: object, args: tuple[Tensor, ...], name: str = site.name) -> None:
+            found[name] = args[0].detach().flatten(0, -2)[0]
+
+        module = projection(base_model(model), site.gate.module)
+        handles.append(module.register_forward_pre_hook(keep))
+    training = model.training
+    model.eval()
+    try:
+        labels = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
+        model(**forward_kwargs(model, to_device(batch, model.device), labels=labels))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def find_dead(model: PreTrainedModel, batch: Batch) -> tuple[Plan, dict[str, Tensor]]:
+    """Which units have no effect but a constant one.
+
+    Args:
+        model: of a known family, in any mode.
+        batch: any valid batch; it is run once, to read constants.
+
+    Returns:
+        A plan that removes them, but keeps at least one unit of each site; and for each site what
+        its output projection must add to its bias, `[E]`, zero where nothing is to be added.
+    """
+    sites = [s for s in find_sites(model) if s.runs == 1 and s.multiple == 1 and not s.shared_bias]
+    constants = _constants(model, sites, batch)
+    plans, folded = {}, {}
+    for site in sites:
+        weight = gate_weight(base_model(model), site).detach()  # [U, N]
+        silent = (weight == 0).all(dim=1).cpu()
+        still = _rows_are_zero(model, site) & ~silent
+        module = projection(base_model(model), site.gate.module)
+        values = constants[site.name]
+        if module.bias is None:
+            still &= (values == 0).cpu() if site.gate.width == 1 else torch.tensor(False)
+        gone = (silent | still).nonzero().flatten().tolist()[: site.units - site.floor]
+        if not gone:
+            continue
+        kept = sorted(set(range(site.units)) - set(gone))
+        plans[site.name] = SitePlan(site.kind, site.units, tuple(kept))
+        columns = [unit for unit in gone if bool(still[unit])]
+        matrix = logical_weight(module).detach()  # [E, U * D]
+        folded[site.name] = matrix[:, columns] @ values[columns]
+    return Plan(model.config.model_type, plans), folded
+
+
+def _narrow_masks(
+    model: PreTrainedModel, sites: list[Site], plan: Plan, masks: Masks
+) -> dict[str, Tensor]:
+    """The masks of the matrices that removal is going to leave."""
+    names = {id(module): name for name, module in model.named_modules()}
+    drop: dict[tuple[str, int], list[int]] = {}
+    for site in (s for s in sites if s.name in plan.sites):
+        for item in site.slices:
+            gone = plan.sites[site.name].removed
+            starts = [item.offset + unit * item.width for unit in gone]
+            places = [start + step for start in starts for step in range(item.width)]
+            name = names[id(projection(base_model(model), item.module))]
+            drop.setdefault((f"{name}.weight", item.axis), []).extend(places)
+    result = dict(masks)
+    for (name, axis), places in drop.items():
+        if name not in result:
+            continue
+        module = model.get_submodule(name.removesuffix(".weight"))
+        stored = axis if logical_weight(module) is module.weight else 1 - axis
+        index = keep_index(result[name].shape[stored], places).to(result[name].device)
+        result[name] = result[name].index_select(stored, index)
+    return result
+
+
+@torch.no_grad()
+def remove_dead_(
+    model: PreTrainedModel, batch: Batch, masks: Masks | None = None
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Really remove, in place, units that single zeros have left without effect.
+
+    Args:
+        model: of a known family.
+        batch: any valid batch.
+        masks: of single weights, by parameter name.
+
+    Returns:
+        What stayed, and the masks in the new shapes. The outputs of the model do not change.
+    """
+    plan, folded = find_dead(model, batch)
+    sites = {site.name: site for site in find_sites(model)}
+    narrowed = _narrow_masks(model, list(sites.values()), plan, masks or {})
+    for name, value in folded.items():
+        bias = projection(base_model(model), sites[name].gate.module).bias
+        if isinstance(bias, Tensor):
+            bias.data += value
+    remove_units(model, plan)
+    return plan, narrowed

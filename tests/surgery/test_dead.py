@@ -1,0 +1,80 @@
+"""Units without effect go, and what the model computes stays."""
+
+import pytest
+import torch
+
+from hf_prune.sites import base_model, find_sites, gate_weight, logical_weight, projection
+from hf_prune.surgery.dead import find_dead, remove_dead_
+from hf_prune.weights.find import find_weights
+
+NAMES = ["bert", "gpt2", "llama", "phi3", "opt", "t5", "vit"]
+
+
+def kill(model, site, *, columns=(), rows=()):
+    """Zero the columns of some units in the output projection, and all rows of others."""
+    base = base_model(model)
+    width = site.gate.width
+    out = logical_weight(projection(base, site.gate.module)).data
+    for unit in columns:
+        out[:, unit * width : (unit + 1) * width] = 0
+    for unit in rows:
+        for item in (s for s in site.slices if s.axis == 0):
+            weight = logical_weight(projection(base, item.module)).data
+            start = item.offset + unit * item.width
+            weight[start : start + item.width] = 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_stay_and_shapes_shrink(name, tiny, inputs_for, logits):
+    model, batch = tiny(name), inputs_for(name)
+    sites = [site for site in find_sites(model) if site.kind == "neurons"]
+    for place, site in enumerate(sites):
+        kill(model, site, columns=(1, 3 + place), rows=(5, 7))
+    before = logits(model, batch)
+    masks = {key: weight != 0 for key, weight in find_weights(model).items()}
+    plan, narrowed = remove_dead_(model, batch, masks)
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+    assert set(plan.sites) == {site.name for site in sites}
+    for place, site in enumerate(sites):
+        assert {1, 3 + place} <= set(plan.sites[site.name].removed) <= {1, 3 + place, 5, 7}
+    found = find_weights(model)
+    assert {k: m.shape for k, m in narrowed.items()} == {k: w.shape for k, w in found.items()}
+    assert all(torch.equal(weight != 0, narrowed[key]) for key, weight in found.items())
+
+
+def test_a_constant_moves_into_the_bias(tiny, inputs_for, logits):
+    model, batch = tiny("bert"), inputs_for("bert")
+    site = next(site for site in find_sites(model) if site.kind == "neurons")
+    kill(model, site, rows=(2,))
+    bias = projection(base_model(model), site.gate.module).bias
+    old, before = bias.detach().clone(), logits(model, batch)
+    plan, _ = remove_dead_(model, batch)
+    assert plan.sites[site.name].removed == (2,)
+    new = projection(base_model(model), site.gate.module).bias
+    assert not torch.equal(new, old)
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_goes_when_nothing_reads_it(tiny, inputs_for, logits):
+    model, batch = tiny("bert"), inputs_for("bert")
+    site = next(site for site in find_sites(model) if site.kind == "heads")
+    kill(model, site, columns=(1,))
+    before = logits(model, batch)
+    plan, _ = remove_dead_(model, batch)
+    assert plan.sites[site.name].removed == (1,)
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_dead_nothing_removed(tiny, inputs_for):
+    model = tiny("llama")
+    plan, folded = find_dead(model, inputs_for("llama"))
+    assert (plan.sites, folded) == ({}, {})
+
+
+def test_one_unit_stays(tiny, inputs_for):
+    model = tiny("llama")
+    site = find_sites(model)[1]
+    kill(model, site, columns=range(site.units))
+    remove_dead_(model, inputs_for("llama"))
+    assert find_sites(model)[1].units == site.floor
+    assert gate_weight(base_model(model), find_sites(model)[1]).shape[0] == site.floor

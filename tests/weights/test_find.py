@@ -1,0 +1,173 @@
+"""Every kind of matrix of any module is found once, and seen as rows of inputs."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hf_prune.errors import ConfigError, UnsupportedModelError
+from hf_prune.statistics.streams import Call
+from hf_prune.weights.find import find_matrices, set_values_
+from hf_prune.weights.inputs import paired_rows, real_rows, traced
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.tied = nn.Linear(4, 7, bias=False)
+        self.tied.weight = self.embed.weight
+        self.conv = nn.Conv2d(4, 6, (3, 2), groups=2, padding=1)
+        self.rnn = nn.LSTM(4, 3, num_layers=2, bidirectional=True)
+        self.again = self.conv
+
+
+def test_each_is_found_once():
+    found = {m.name: (m.kind, m.groups) for m in find_matrices(Everything())}
+    recurrent = {n for n, _ in Everything().rnn.named_parameters() if n.startswith("weight")}
+    assert found == {"conv.weight": ("convolution", 2)} | {
+        f"rnn.{name}": ("recurrent", 1) for name in recurrent
+    }
+    opted = [m.name for m in find_matrices(Everything(), embeddings=True)]
+    assert opted[0] == "embed.weight"
+    assert "tied.weight" not in opted
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "expected"),
+    [
+        (["Conv2d"], [], ["conv.weight"]),
+        (["conv"], [], ["conv.weight"]),
+        (["rnn.weight_hh_l0*"], [], ["rnn.weight_hh_l0", "rnn.weight_hh_l0_reverse"]),
+        ([], ["LSTM"], ["conv.weight"]),
+    ],
+)
+def test_targets_and_ignore_by_name_class_or_pattern(targets, ignore, expected):
+    found = find_matrices(Everything(), targets=targets, ignore=ignore)
+    assert [m.name for m in found] == expected
+
+
+def test_a_target_that_fits_nothing():
+    with pytest.raises(
+        ConfigError, match=r"nothing is called .convv\.weight.; did you mean .conv\.w"
+    ):
+        find_matrices(Everything(), targets=["convv.weight"])
+
+
+def packed():
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    torch.manual_seed(0)
+    return MixtralForCausalLM._from_config(config, experts_implementation="eager").eval()
+
+
+def test_packed_experts():
+    matrices = {
+        m.name.rpartition(".")[2]: m for m in find_matrices(packed(), targets=["*experts*"])
+    }
+    assert set(matrices) == {"gate_up_proj", "down_proj"}
+    up = matrices["gate_up_proj"]
+    assert (up.groups, up.view(up.parameter).shape) == (3, (3, 48, 16))
+    set_values_(up, 1, torch.zeros(48, 16))
+    assert not up.parameter[1].any()
+    assert up.parameter[0].any()
+
+
+def rows_of(module, name, *args):
+    """What a matrix of a module is multiplied with, `[G, rows, C]`."""
+    (matrix,) = (m for m in find_matrices(module) if m.name == name)
+    side = (module, Call(args, {}))
+    return matrix, torch.stack([ours for _, ours in paired_rows(matrix, side, side, None)])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(1, 0)),
+        nn.Conv2d(4, 6, 3, padding="same", padding_mode="circular"),
+        nn.Conv3d(2, 3, 2, groups=1),
+    ],
+)
+def test_patches_times_matrix_is_the_convolution(module):
+    sizes = [6, 7, 5][: len(module.kernel_size)]
+    inputs = torch.randn(2, module.in_channels, *sizes)
+    matrix, rows = rows_of(module, "weight", inputs)
+    weights = matrix.view(module.weight)  # [G, R, C]
+    product = torch.cat([x @ w.T for x, w in zip(rows, weights, strict=True)], dim=1)
+    expected = module(inputs) - module.bias.view(-1, *[1] * len(sizes))
+    torch.testing.assert_close(product, expected.movedim(1, -1).flatten(0, -2))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_rows_of_recurrent_matrices(kind, batch_first):
+    """The states before each step, of every layer and direction: those that a loop would see."""
+    torch.manual_seed(0)
+    module = kind(4, 3, num_layers=2, bidirectional=True, batch_first=batch_first)
+    inputs = torch.randn(2, 5, 4) if batch_first else torch.randn(5, 2, 4)
+    time = 1 if batch_first else 0
+    output = module(inputs)[0]  # of the last layer, [.., .., 2 * 3]
+    for end, part, order in (("", slice(0, 3), 1), ("_reverse", slice(3, 6), -1)):
+        _, rows = rows_of(module, f"weight_hh_l1{end}", inputs)
+        states = output[..., part] if order == 1 else output[..., part].flip(time)
+        before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+        if not batch_first:
+            before = torch.cat([torch.zeros_like(states[:1]), states[:-1]], 0)
+        torch.testing.assert_close(rows[0], before.flatten(0, 1))
+    assert torch.equal(rows_of(module, "weight_ih_l0", inputs)[1][0], inputs.flatten(0, 1))
+    first = kind(4, 3, bidirectional=True, batch_first=batch_first)
+    first.load_state_dict({k: v for k, v in module.state_dict().items() if "_l0" in k})
+    torch.testing.assert_close(
+        rows_of(module, "weight_ih_l1", inputs)[1][0], first(inputs)[0].flatten(0, 1)
+    )
+
+
+def test_a_given_first_state_counts():
+    module = nn.GRU(4, 3)
+    start = torch.randn(1, 2, 3)
+    _, rows = rows_of(module, "weight_hh_l0", torch.randn(5, 2, 4), start)
+    torch.testing.assert_close(rows[0, :2], start[0])
+
+
+def test_packed_sequences_are_refused_by_name():
+    sequence = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 4), [5, 3])
+    with pytest.raises(UnsupportedModelError, match="LSTM was called with a PackedSequence"):
+        rows_of(nn.LSTM(4, 3), "weight_ih_l0", sequence)
+
+
+def test_rows_of_experts_are_the_tokens_routed_to_them():
+    model = packed()
+    name = "model.layers.0.mlp.experts"
+    ids = torch.randint(0, 50, (2, 6))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    with torch.no_grad(), traced(model, [name]) as trace:
+        model(ids)
+    module, call = model.get_submodule(name), trace.calls[name][0]
+    up, down = find_matrices(model, targets=["*experts*"])
+    hidden, index = call.args[0].view(-1, 16), call.args[1]
+    real = mask.flatten()
+    for matrix in (up, down):
+        pairs = paired_rows(matrix, (module, call), (module, call), mask)
+        for expert in range(3):
+            tokens = [t for t in range(12) if real[t] and expert in index[t].tolist()]
+            inputs = hidden[tokens]
+            if matrix is down:
+                gate, value = (inputs @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+                inputs = module.act_fn(gate) * value
+            torch.testing.assert_close(pairs[expert][1], inputs)
+
+
+def test_padding_is_left_out():
+    value, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    assert real_rows(value, mask).shape == (3, 4)
+    assert real_rows(value[:, 0], mask).shape == (2, 4)
+    assert real_rows(value, None).shape == (6, 4)

@@ -1,0 +1,214 @@
+"""The walk: masks are exact, each fit repairs, both paths agree, and interrupted runs go on."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_prune.errors import CheckpointError, DataError, NumericsError, UnsupportedModelError
+from hf_prune.families import FAMILIES
+from hf_prune.weights import prune as room
+from hf_prune.weights.budgets import uniform
+from hf_prune.weights.find import find_matrices
+from hf_prune.weights.patterns import Pattern, parse_pattern
+from hf_prune.weights.problem import Options
+from hf_prune.weights.progress import Progress
+from hf_prune.weights.prune import prune_weights_
+
+families = pytest.mark.parametrize("name", sorted(FAMILIES))
+HEADS = ["classifier*", "*pooler*", "lm_head*"]
+OWN = {"dense_target": False, "refit_steps": 0}
+
+
+def run(model, batches, sparsity=0.5, pattern="unstructured", ignore=(), **options):
+    progress = options.pop("progress", None)
+    parsed = parse_pattern(pattern)
+    matrices = find_matrices(model, ignore=ignore)
+    removed = uniform(matrices, sparsity, parsed)
+    told = Options(pattern=parsed, **options)
+    return prune_weights_(model, matrices, removed, told, batches, progress=progress)
+
+
+def unused_towers(name):
+    """What text alone does not run."""
+    return ["*vision*", "*multi_modal*"] if name == "gemma3" else []
+
+
+@families
+def test_zeros_are_exact_and_nothing_else_changes(name, tiny, inputs_for, logits):
+    model, dense = tiny(name), tiny(name)
+    model.train()
+    logits(model, inputs_for(name))  # transformers puts hooks of its own, at the first call
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    batches = [inputs_for(name, seed) for seed in range(2)]
+    result = run(model, batches, pattern="2:4", iterations=3, ignore=unused_towers(name))
+    assert model.training
+    left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert left == hooks
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    before = dict(dense.named_parameters())
+    biases = {key.replace("weight", "bias") for key in result.masks}
+    for key, parameter in model.named_parameters():
+        if key in result.masks:
+            mask = result.masks[key]
+            assert torch.equal(parameter != 0, mask), key
+            assert int(mask.sum()) * 2 == mask.numel(), key
+        elif key not in biases:
+            assert torch.equal(parameter, before[key]), key
+    assert set(result.errors) == set(result.masks)
+
+
+@families
+def test_layer_by_layer_and_whole_give_the_same(name, tiny, inputs_for, monkeypatch):
+    """Running one layer at a time, with known outputs replayed, is only faster."""
+    batches = [inputs_for(name, seed) for seed in range(2)]
+    first, second = tiny(name), tiny(name)
+    told = {"criterion": "wanda", "dense_target": False, "ignore": unused_towers(name)}
+    run(first, batches, **told)
+    monkeypatch.setattr(room, "_known_layers", lambda *args: {})
+    run(second, batches, **told)
+    for (key, ours), theirs in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "opt", "t5", "vit"])
+def test_the_dense_target_and_the_refit_repair(name, tiny, inputs_for, logits):
+    dense = tiny(name)
+    batches = [inputs_for(name, seed, (9, 6, 4, 7) * 8) for seed in range(6)]
+    losses = {}
+    for title, options in {
+        "magnitude": {"criterion": "magnitude", **OWN},
+        "refit": {"criterion": "magnitude", "dense_target": False},
+        "own": {"dense_target": False},
+        "dense": {},
+    }.items():
+        model = tiny(name)
+        run(model, batches, 0.6, ignore=[*HEADS, *unused_towers(name)], **options)
+        gaps = [logits(model, b) - logits(dense, b) for b in batches]
+        losses[title] = sum(float(gap.square().mean()) for gap in gaps)
+    assert losses["dense"] < losses["own"] < losses["magnitude"], losses
+    assert losses["refit"] < losses["magnitude"], losses
+
+
+def test_nothing_removed_nothing_lost(tiny, inputs_for, logits):
+    model, dense, batch = tiny("bert"), tiny("bert"), inputs_for("bert")
+    run(model, [batch], 0.0)
+    torch.testing.assert_close(logits(model, batch), logits(dense, batch), atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_matrix_is_fitted_as_least_squares_says(tiny, inputs_for):
+    """Almost no ridge, all entries kept but one row's: the rest is ordinary least squares."""
+    model, dense = tiny("bert"), tiny("bert")
+    batches = [inputs_for("bert", seed, (9, 6, 4, 7) * 8) for seed in range(6)]
+    key = "bert.encoder.layer.0.attention.self.query"
+    matrices = [m for m in find_matrices(model) if m.name == f"{key}.weight"]
+    told = Options(ridge=1e-6, refit_steps=60, iterations=0)
+    result = prune_weights_(model, matrices, uniform(matrices, 0.3, Pattern()), told, batches)
+    mask = result.masks[f"{key}.weight"]
+    seen = []
+    with torch.no_grad():
+        for batch in batches:
+            hidden = dense.bert.embeddings(batch["input_ids"])
+            seen.append(hidden[batch["attention_mask"].bool()])
+    inputs = torch.cat(seen).double()
+    old = dense.get_submodule(key)
+    wanted = inputs @ old.weight.double().T + old.bias.double()
+    new = model.get_submodule(key)
+    for row in range(4):
+        on = mask[row]
+        design = torch.cat([inputs[:, on], torch.ones(len(inputs), 1, dtype=torch.float64)], 1)
+        solution = torch.linalg.lstsq(design, wanted[:, row : row + 1]).solution[:, 0]
+        ours = torch.cat([new.weight[row, on], new.bias[row : row + 1]]).double()
+        torch.testing.assert_close(ours, solution, atol=2e-3, rtol=2e-2)
+
+
+def test_padding_is_never_counted(tiny, inputs_for):
+    batches = [inputs_for("bert", seed) for seed in range(3)]
+    changed = [
+        {**b, "input_ids": b["input_ids"].masked_fill(b["attention_mask"] == 0, 77)}
+        for b in batches
+    ]
+    first, second = tiny("bert"), tiny("bert")
+    run(first, batches, criterion="wanda")
+    run(second, changed, criterion="wanda")
+    for (key, ours), theirs in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3, msg=key)
+
+
+def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
+    batches = [inputs_for("llama", seed) for seed in range(2)]
+    whole = tiny("llama")
+    run(whole, batches)
+    progress = Progress(tmp_path / "state", "this run")
+    real, done = room.prune_block, []
+
+    def dies(block, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(block.prefix)
+        return real(block, *args)
+
+    monkeypatch.setattr(room, "prune_block", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny("llama"), batches, progress=progress)
+    monkeypatch.setattr(room, "prune_block", real)
+    model = tiny("llama")
+    result = run(model, batches, progress=progress)
+    assert result.resumed == ["model.layers.0"]
+    for (key, ours), theirs in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs[1], atol=1e-5, rtol=1e-5, msg=key)
+    assert set(result.errors) == set(result.masks)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.safetensors is from a run with another"):
+        run(tiny("llama"), batches, progress=Progress(tmp_path / "state", "another"))
+
+
+class Net(nn.Module):
+    """Two convolutions, one of them grouped, a recurrent layer, and a linear one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(1, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, 3, groups=2)
+        self.rnn = nn.LSTM(36, 10, batch_first=True)
+        self.last = nn.Linear(10, 4)
+
+    def forward(self, x):
+        hidden = self.second(self.first(x).relu()).relu()  # [B, 6, 6, 6]
+        states = self.rnn(hidden.permute(0, 2, 1, 3).flatten(2))[0]  # [B, 6, 10]
+        return self.last(states[:, -1])
+
+
+@pytest.mark.parametrize("criterion", ["admm", "wanda", "sparsegpt", "magnitude", "random"])
+def test_any_module(criterion):
+    batches = [
+        torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(4)
+    ]
+    losses = []
+    for options in (OWN, {}):
+        model, dense = Net(), Net()
+        result = run(model, batches, 0.6, criterion=criterion, **options)
+        assert set(result.masks) == {m.name for m in find_matrices(model)}
+        for key, mask in result.masks.items():
+            assert torch.equal(model.get_parameter(key) != 0, mask)
+        with torch.no_grad():
+            losses.append(float(sum((model(b) - dense(b)).square().mean() for b in batches)))
+    assert losses[1] < losses[0]
+
+
+def test_what_no_batch_runs_is_named():
+    model = Net()
+    model.extra = nn.Linear(3, 3)
+    with pytest.raises(UnsupportedModelError, match="calibration never ran extra"):
+        run(model, [torch.randn(2, 1, 8, 8)])
+
+
+def test_data_is_asked_for_only_where_it_is_needed():
+    with pytest.raises(DataError, match="criterion 'admm' with its re-fit needs calibration"):
+        run(Net(), [])
+    result = run(Net(), [], criterion="magnitude", **OWN)
+    assert len(result.masks) == 5
+
+
+def test_inputs_that_are_not_finite_are_named():
+    with pytest.raises(NumericsError, match=r"first\.weight: the inputs"):
+        run(Net(), [torch.full((2, 1, 8, 8), float("nan"))])
