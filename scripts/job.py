@@ -210,6 +210,8 @@ class Job:
             names = dict(enumerate(self.names))
             back = {name: index for index, name in names.items()}
             options |= {"num_labels": len(names), "id2label": names, "label2id": back}
+        elif self.task.name == "question-answering":
+            options["num_labels"] = 2  # start and end
         if "gguf_file" in options:
             options["dtype"] = torch.float32
         model: PreTrainedModel = self.task.auto_class.from_pretrained(source, **options)
