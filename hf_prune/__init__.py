@@ -3,6 +3,7 @@
 Importing this package registers the loader of pruned models with transformers, and nothing else.
 """
 
+from hf_prune.checkpoint.bitmask import register_bitmask
 from hf_prune.checkpoint.hook import register
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
@@ -48,3 +49,4 @@ __all__ = [
 ]
 
 register()
+register_bitmask()
