@@ -102,7 +102,7 @@ def _forget_conversions(model: PreTrainedModel) -> None:
     """Let the model be saved again as it is: transformers would undo what it did while loading."""
     known = getattr(model, "_weight_conversions", None)
     if known is not None:
-        model._weight_conversions = [
+        model._weight_conversions = [  # type: ignore[assignment]  # transformers' own attribute
             item
             for item in known
             if not any(hasattr(op, "of_hf_prune") for op in getattr(item, "operations", ()))
