@@ -23,7 +23,7 @@ demo: $(READY)
 		--mixed_precision no --dynamo_backend no scripts/prune_bert.py --overwrite
 
 test: $(READY)
-	$(QUIET_THREADS) $(BIN)/python -m pytest
+	$(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses 2
 	$(QUIET_THREADS) $(BIN)/python -m pytest -m "slow and not gpu"
 
 check: $(READY)

@@ -94,6 +94,37 @@ def verify(folder: Path) -> None:
 
 
 @main.command()
+@click.argument("model_name_or_path")
+@click.argument("text", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file to write.")
+@click.option("--criteria", default="kfac_obs,fisher,magnitude", show_default=True)
+@click.option("--max-samples", default=128, show_default=True, help="Lines of the text, at most.")
+@click.option("--max-length", default=128, show_default=True, help="Tokens of a line, at most.")
+@_explained
+def analyze(
+    model_name_or_path: str,
+    text: Path,
+    out: Path | None,
+    criteria: str,
+    max_samples: int,
+    max_length: int,
+) -> None:
+    """Show how sensitive every site of a model is. TEXT has one example a line."""
+    from rich.console import Console
+
+    from hf_prune.analysis import analyse_file
+    from hf_prune.report.sensitivity import sensitivity_table
+
+    names = tuple(name.strip() for name in criteria.split(",") if name.strip())
+    found = analyse_file(
+        model_name_or_path, text, names, max_samples=max_samples, max_length=max_length
+    )
+    if out is not None:
+        out.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    Console().print(sensitivity_table(found))
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make a new repository private.")

@@ -3,11 +3,13 @@
 Importing this package registers the loader of pruned models with transformers, and nothing else.
 """
 
+from hf_prune.analysis import analyse_sensitivity
 from hf_prune.checkpoint.bitmask import register_bitmask
 from hf_prune.checkpoint.hook import register
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import HfPruneError
+from hf_prune.families import register_family
 from hf_prune.gates import close_gates
 from hf_prune.hub import push_to_hub
 from hf_prune.pipeline import compress, compress_family
@@ -20,6 +22,7 @@ from hf_prune.surgery.remove import remove_units
 from hf_prune.training.callback import PruneCallback
 from hf_prune.training.distill import DistillCallback
 from hf_prune.training.state import last_checkpoint
+from hf_prune.training.student import make_student
 from hf_prune.training.teacher import cache_logits
 from hf_prune.training.trainer import prepare_trainer
 from hf_prune.training.zeros import KeepZeros
@@ -32,16 +35,21 @@ __all__ = [
     "PruneCallback",
     "Recipe",
     "Result",
+    "analyse_sensitivity",
     "cache_logits",
     "close_gates",
     "compress",
     "compress_family",
     "find_sites",
+    "infer_family",
     "last_checkpoint",
+    "load_family",
     "load_recipe",
+    "make_student",
     "prepare_trainer",
     "push_to_hub",
     "reconstruct",
+    "register_family",
     "remove_units",
     "save_model",
     "save_result",

@@ -167,8 +167,6 @@ def check_plan(plan: Plan, sites: Sequence[Site], model_type: str) -> list[Site]
                 f"{name}: the plan was made for {item.units} {item.kind}, the model has "
                 f"{site.units} {site.kind}. A plan holds for the widths that it was made from."
             )
-        if not item.kept:
-            raise PlanError(f"{name}: the plan keeps nothing. At least one unit must stay.")
         if item.removed and (len(item.kept) < site.floor or len(item.kept) % site.multiple):
             raise PlanError(
                 f"{name}: the plan keeps {len(item.kept)} {site.kind}. At least {site.floor} must "

@@ -17,6 +17,7 @@ from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.recipe import Floor, Prune
+from hf_prune.search import LevelSearch
 from hf_prune.sites import Site, find_sites
 from hf_prune.statistics.batches import Batch, first_examples
 from hf_prune.statistics.collect import collect
@@ -42,6 +43,7 @@ class Analysis:
         rankings: in which order, and what is lost.
         refit_batches: for the re-fit.
         dense: the network that the re-fit aims at; `model` itself, unless it was pruned before.
+        seed: of everything random.
         seconds: wall time of each step so far.
     """
 
@@ -50,6 +52,7 @@ class Analysis:
     rankings: Mapping[str, Ranking]
     refit_batches: Sequence[Batch]
     dense: PreTrainedModel
+    seed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     targets: DenseTargets | None = None
 
@@ -111,7 +114,7 @@ def analyse(
     with _timed(seconds, "scores"):
         rankings = score(model, sites, stage.criterion, statistics, seed)
     many = first_examples(model, batches, stage.reconstruction_samples or stage.calibration_samples)
-    return Analysis(model, sites, rankings, many, model if dense is None else dense, seconds)
+    return Analysis(model, sites, rankings, many, model if dense is None else dense, seed, seconds)
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,34 @@ def prune_once(analysis: Analysis, stage: Prune, metric: Metric | None = None) -
             )
         return _above_floor(analysis, chooser, stage, stage.floor, metric)
     decision = chooser.choose()
-    seconds = time.perf_counter() - start
+    seconds = {"solve": time.perf_counter() - start}
+    trials: list[dict[str, float]] = []
+    if stage.search_trials:
+        with _timed(seconds, "search"):
+            decision, trials = _search(analysis, chooser, decision, stage)
     pruned = carry_out(analysis, decision, stage)
-    pruned.entry["seconds"]["solve"] = seconds
+    pruned.entry["seconds"] |= seconds
+    if trials:
+        pruned.entry["search"] = trials
     return pruned
+
+
+def _search(
+    analysis: Analysis, chooser: Chooser, decision: Decision, stage: Prune
+) -> tuple[Decision, list[dict[str, float]]]:
+    """Refine the widths of a decision on what the re-fitted network really does."""
+    search = LevelSearch(
+        analysis.model,
+        analysis.sites,
+        analysis.rankings,
+        stage,
+        chooser.goals_met_by(decision),
+        analysis.refit_batches,
+        analysis.seed,
+    )
+    start = chooser.counts_of(decision.selection)
+    found = search.run(start, stage.search_trials)
+    return chooser.decision_of(found, decision) if found != start else decision, search.trials
 
 
 def _above_floor(

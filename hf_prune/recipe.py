@@ -249,6 +249,9 @@ class Prune(_Model):
     reconstruction_samples: int | None = Field(default=None, ge=1)
     """Examples for the re-fit; as many as `calibration_samples`, if not given. More help from about
     85 % sparsity on."""
+    search_trials: int = Field(default=0, ge=0)
+    """Networks of other widths that are built, re-fitted and judged before the plan is final. Helps
+    where most of the model goes, from about 85 % sparsity on."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
     masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"
@@ -413,7 +416,26 @@ class Distill(Train):
         return self
 
 
-Stage = Annotated[Union[Prune, Train, Distill], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
+class Student(_Model):
+    """Make a smaller model of the teacher's kind, of any depth and width. What is 0 stays."""
+
+    stage: Literal["student"] = "student"
+    """Tells this stage from the others."""
+    layers: int = Field(default=0, ge=0)
+    """Layers."""
+    hidden: int = Field(default=0, ge=0)
+    """Hidden width."""
+    heads: int = Field(default=0, ge=0)
+    """Attention heads of each layer."""
+    neurons: int = Field(default=0, ge=0)
+    """Feed-forward neurons of each layer."""
+    init: Literal["teacher", "normal", "xavier"] = "teacher"
+    """Start from the best parts of the teacher, or at random."""
+    pick_layers: Literal["uniform", "score"] = "uniform"
+    """Which layers of the teacher to start from: at equal distances, or those that change most."""
+
+
+Stage = Annotated[Union[Prune, Train, Distill, Student], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
 
 
 class Recipe(_Model):
@@ -548,7 +570,9 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     if inner:
         models = tuple(inner)
     elif location and location[0] == "stages":
-        models = tuple(m for m in (Prune, Train, Distill) if m.__name__.lower() in location)
+        models = tuple(
+            m for m in (Prune, Train, Distill, Student) if m.__name__.lower() in location
+        )
     return [name for model in models for name in model.model_fields]
 
 
@@ -558,7 +582,7 @@ def explain(error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         location = item["loc"]
         where = ".".join(
-            str(part) for part in location if part not in ("prune", "train", "distill")
+            str(part) for part in location if part not in ("prune", "train", "distill", "student")
         )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":

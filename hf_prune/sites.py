@@ -70,7 +70,7 @@ class Site:
     layer_module: str
     sum_module: str
     """Module whose input is the sum of residual and output; "" = that sum is the layer's output."""
-    floor: int = 1
+    floor: int = 0
     """Units that must stay."""
     multiple: int = 1
     """The number of units that stay must be a multiple of this."""
@@ -80,6 +80,10 @@ class Site:
     """Module that takes the heads apart; "" where the units are no heads."""
     shared_bias: str = ""
     """How a position bias that all layers share reaches `core`; "" where there is none."""
+    empty: str = ""
+    """What `core` becomes where no head is left; "" = nothing needs to."""
+    cross: bool = False
+    """Whether the heads look at another sequence than their own."""
     stack: str = ""
     """The list that the layer is in: encoder and decoder are two."""
 
@@ -141,7 +145,8 @@ def projection(root: nn.Module, name: str) -> "nn.Linear | Conv1D":
         UnsupportedModelError: when the module there is not a plain `Linear` or `Conv1D`.
     """
     module = get_module(root, name)
-    if type(module) not in (nn.Linear, Conv1D):
+    emptied = isinstance(module, Conv1D) and not module.nx  # it runs as a class of its own
+    if type(module) not in (nn.Linear, Conv1D) and not emptied:
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__}, not a plain Linear or Conv1D. Merge adapters "
             "(`merge_and_unload`) and prune before quantizing."
@@ -279,12 +284,16 @@ def _attention_slices(
     ]
 
 
-def _head_site(root: nn.Module, place: _Place, spec: Attention) -> Site:
+def _head_site(root: nn.Module, place: _Place, spec: Attention) -> Site | None:
     block = join(place.name, spec.path)
     core = join(block, spec.core)
-    head_dim = int(getattr(get_module(root, core), spec.head_dim))
+    head_dim = spec.head_dim
+    if isinstance(head_dim, str):
+        head_dim = int(getattr(get_module(root, core), head_dim))
     out = join(block, spec.out)
     queries = int(logical_weight(projection(root, out)).shape[1])
+    if not queries:  # no head is left
+        return None
     slices = _attention_slices(root, block, spec, head_dim, queries)
     width = head_dim if spec.interleaved else slices[0].width  # of the query heads of a unit
     group = width // head_dim
@@ -303,12 +312,16 @@ def _head_site(root: nn.Module, place: _Place, spec: Attention) -> Site:
         attention_width=place.runs * width,
         core=core,
         shared_bias=spec.shared_bias,
+        empty=spec.empty,
+        cross=spec is place.stack.cross,
     )
 
 
-def _neuron_site(root: nn.Module, place: _Place, spec: Ffn) -> Site:
+def _neuron_site(root: nn.Module, place: _Place, spec: Ffn) -> Site | None:
     gate = Slice(join(place.name, spec.down), 1, 1)
     units = int(logical_weight(projection(root, gate.module)).shape[1])
+    if not units:  # no neuron is left
+        return None
     names = [join(place.name, name) for name in spec.up]
     slices = [Slice(name, 0, 1, part * units) for name in names for part in range(spec.packed)]
     module = join(place.name, spec.path)
@@ -434,7 +447,7 @@ def _places(model: PreTrainedModel) -> Iterator[_Place]:
         )
 
 
-def _sites_of(base: nn.Module, place: _Place) -> Iterator[Site]:
+def _sites_of(base: nn.Module, place: _Place) -> Iterator[Site | None]:
     """Everything that can go in one layer, in the order in which the layer runs it."""
     stack = place.stack
     yield _head_site(base, place, stack.attention)
@@ -451,7 +464,7 @@ def find_sites(
     kinds: Sequence[str] = KINDS,
     ignore: Sequence[str] = (),
 ) -> list[Site]:
-    """The sites of a model, layer by layer, attention before feed-forward.
+    """The sites of a model, layer by layer, attention before feed-forward. Empty ones are none.
 
     Args:
         model: a transformers model of a known family, with any head or none.
@@ -467,7 +480,7 @@ def find_sites(
         site
         for place in _places(model)
         for site in _sites_of(base, place)
-        if site.kind in kinds and not any(fnmatch.fnmatch(site.name, p) for p in ignore)
+        if site and site.kind in kinds and not any(fnmatch.fnmatch(site.name, p) for p in ignore)
     ]
 
 

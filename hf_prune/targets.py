@@ -16,7 +16,7 @@ from fractions import Fraction
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Goal, linear_tables, make_goal
-from hf_prune.budget.solvers import Outcome, Selection, decide
+from hf_prune.budget.solvers import Outcome, Selection, decide, selection_of
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
 from hf_prune.measure.latency import compare_latency
@@ -117,6 +117,13 @@ def _allowed_ns(target: Target, table: LatencyTable) -> int:
     return int(min(limits))
 
 
+def _with_timing(selection: Selection, goal: Goal, timing: Timing) -> Selection:
+    """A selection whose last outcome is what was measured."""
+    removed = round(goal.total - timing.measured_ms * NS_PER_MS)
+    outcome = Outcome(goal.cost, goal.asked, removed, goal.total, TOLERANCE)
+    return dataclasses.replace(selection, outcomes=(*selection.outcomes[:-1], outcome))
+
+
 def _scaled(goal: Goal, scale: float) -> Goal:
     return dataclasses.replace(goal, asked=math.ceil(goal.asked * scale))
 
@@ -165,26 +172,41 @@ class Chooser:
             return Decision(self._decide(goals))
         return self._choose_timed(goals[:-1], goals[-1], self.table)
 
+    def counts_of(self, selection: Selection) -> dict[str, int]:
+        """How many units of each site a selection keeps."""
+        return {name: len(site.kept) for name, site in selection.plan.sites.items()}
+
+    def decision_of(self, counts: Mapping[str, int], like: Decision) -> Decision:
+        """The decision for given widths, timed where `like` was."""
+        model_type = self.model.config.model_type
+        made = selection_of(self.sites, self.rankings, counts, self.goals, model_type=model_type)
+        if like.timing is None or self.table is None:
+            return Decision(made)
+        goal = self.goals[-1]
+        timing = self._timing(goal, counts, self.table, like.timing.attempts)
+        return Decision(_with_timing(made, goal, timing), timing)
+
+    def goals_met_by(self, decision: Decision) -> list[Goal]:
+        """The goals, as far as a decision meets them: no other widths may spend more."""
+        counts = self.counts_of(decision.selection)
+        return [
+            dataclasses.replace(goal, asked=goal.prunable - max(goal.budget, goal.spent(counts)))
+            if goal.cost != LATENCY
+            else dataclasses.replace(goal, asked=goal.prunable - goal.spent(counts))
+            for goal in self.goals
+        ]
+
     def _decide(self, goals: Sequence[Goal]) -> Selection:
         model_type = self.model.config.model_type
         return decide(self.sites, self.rankings, self.stage, goals, model_type=model_type)
 
     def _choose_timed(self, others: Sequence[Goal], goal: Goal, table: LatencyTable) -> Decision:
-        allowed, moved = goal.total - goal.asked, goal
+        moved = goal
         best: tuple[Selection, Timing] | None = None
         for attempt in range(1, MAX_ATTEMPTS + 1):
             selection = self._decide([*others, moved])
-            counts = {name: len(site.kept) for name, site in selection.plan.sites.items()}
-            share = self._measure(counts)
-            timing = Timing(
-                asked_ms=allowed / NS_PER_MS,
-                predicted_ms=table.predict_ns(self.sites, counts) / NS_PER_MS,
-                measured_ms=share * goal.total / NS_PER_MS,
-                dense_ms=goal.total / NS_PER_MS,
-                attempts=attempt,
-                shape=self.shape,
-            )
-            wrong = share * goal.total / allowed - 1
+            timing = self._timing(goal, self.counts_of(selection), table, attempt)
+            wrong = timing.measured_ms / timing.asked_ms - 1
             if best is None or abs(wrong) < abs(best[1].measured_ms / best[1].asked_ms - 1):
                 best = selection, timing
             if abs(wrong) < CLOSE_ENOUGH or (selection == best[0] and attempt > 1):
@@ -195,10 +217,19 @@ class Chooser:
             )
         assert best is not None  # noqa: S101  # there is at least one attempt
         selection, timing = best
-        removed = round(goal.total - timing.measured_ms * NS_PER_MS)
-        outcome = Outcome(goal.cost, goal.asked, removed, goal.total, TOLERANCE)
-        outcomes = (*selection.outcomes[:-1], outcome)
-        return Decision(dataclasses.replace(selection, outcomes=outcomes), timing)
+        return Decision(_with_timing(selection, goal, timing), timing)
+
+    def _timing(
+        self, goal: Goal, counts: Mapping[str, int], table: LatencyTable, attempt: int
+    ) -> Timing:
+        return Timing(
+            asked_ms=(goal.total - goal.asked) / NS_PER_MS,
+            predicted_ms=table.predict_ns(self.sites, counts) / NS_PER_MS,
+            measured_ms=self._measure(counts) * goal.total / NS_PER_MS,
+            dense_ms=goal.total / NS_PER_MS,
+            attempts=attempt,
+            shape=self.shape,
+        )
 
     def _measure(self, counts: Mapping[str, int]) -> float:
         """The latency of a model of some widths, as a share of the dense model's."""

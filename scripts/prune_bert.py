@@ -56,7 +56,7 @@ from hf_prune.errors import DataError
 from hf_prune.measure.latency import compare_latency
 from hf_prune.measure.metrics import evaluate
 from hf_prune.plan import Plan
-from hf_prune.recipe import Distill, Prune, Train
+from hf_prune.recipe import Distill, Prune, Student, Train
 from hf_prune.report.result import measure_stage, new_report
 from hf_prune.report.table import report_table
 from hf_prune.training.distill import distill_fields
@@ -299,6 +299,8 @@ class Job:
                 self.measure("dense", self.dense)
             if isinstance(stage, Prune) and stage.schedule is not None:
                 scheduled = stage
+            elif isinstance(stage, Student):
+                raise DataError("a student stage is for scripts/distill_tinybert.py.")
             elif isinstance(stage, Prune):
                 logger.info("%s: %s", title, stage.model_dump(exclude_none=True))
                 self.prune(stage)

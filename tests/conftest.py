@@ -60,7 +60,7 @@ def _uneven_plan(model: PreTrainedModel, seed: int = 0) -> Plan:
     sites = {}
     for index, site in enumerate(find_sites(model, ALL_KINDS)):
         most = site.units - 1 if index < 2 and site.units > 1 else site.units
-        floor, step = site.floor, site.multiple
+        floor, step = max(site.floor, 1), site.multiple
         count = generator.randint(-(-floor // step), max(most // step, floor // step)) * step
         kept = generator.sample(range(site.units), count)
         sites[site.name] = SitePlan(site.kind, site.units, tuple(sorted(kept)))

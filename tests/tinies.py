@@ -157,6 +157,7 @@ TINY: dict[str, Callable[[], Any]] = {
         num_labels=3,
         classifier_proj_size=16,
         mask_time_prob=0.0,
+        layerdrop=0.0,
     ),
 }
 """A small configuration of every family."""

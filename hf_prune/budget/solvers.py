@@ -27,6 +27,13 @@ SURROGATE_ROUNDS = 24
 """How often the weights of several goals are adjusted."""
 
 
+def levels_of(site: Site, floor: int, step: int) -> list[int]:
+    """The counts of units that a site can keep: from a floor on, in steps, or all of them."""
+    floor = min(site.units, floor)
+    first = min(site.units, -(-floor // step) * step)
+    return [*range(first, site.units, step), site.units]
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a solver is given.
@@ -50,11 +57,8 @@ class Problem:
 
     def levels(self, site: Site) -> Tensor:
         """The counts of units that the site can keep, increasing."""
-        step = self.round_to.get(site.kind, 1)
-        floor = min(site.units, self.floors.get(site.kind, 1))
-        first = min(site.units, -(-floor // step) * step)
-        counts = [*range(first, site.units, step), site.units]
-        return torch.tensor(counts)
+        floor, step = self.floors.get(site.kind, 1), self.round_to.get(site.kind, 1)
+        return torch.tensor(levels_of(site, floor, step))
 
     def errors(self, site: Site, levels: Tensor) -> Tensor:
         """What is lost at each level, `[levels]`."""
@@ -303,6 +307,43 @@ def allocate(
     return _solve_several(problem, goals, solve)
 
 
+def floors_of(stage: Prune) -> dict[str, int]:
+    """By kind, how many units every site keeps."""
+    return {"heads": stage.min_heads, "neurons": stage.min_neurons}
+
+
+def steps_of(stage: Prune) -> dict[str, int]:
+    """By kind, of which number the kept units are a multiple."""
+    return {"neurons": stage.round_to}
+
+
+def selection_of(
+    sites: Sequence[Site],
+    rankings: Mapping[str, Ranking],
+    counts: Mapping[str, int],
+    goals: Sequence[Goal],
+    *,
+    model_type: str,
+) -> Selection:
+    """The plan that keeps the best so many units of each site, beside what goals ask for.
+
+    Args:
+        sites: from `find_sites`.
+        rankings: from `score`.
+        counts: by site, how many units stay.
+        goals: what is to go.
+        model_type: of the model, for the plan.
+    """
+    kept = {
+        site.name: SitePlan(site.kind, site.units, rankings[site.name].kept(counts[site.name]))
+        for site in sites
+    }
+    outcomes = tuple(
+        Outcome(goal.cost, goal.asked, goal.removed(counts), goal.total) for goal in goals
+    )
+    return Selection(Plan(model_type, kept), outcomes, total_error(sites, rankings, counts))
+
+
 def decide(
     sites: Sequence[Site],
     rankings: Mapping[str, Ranking],
@@ -325,14 +366,7 @@ def decide(
         rankings,
         goals,
         solver=stage.solver,
-        floors={"heads": stage.min_heads, "neurons": stage.min_neurons},
-        round_to={"neurons": stage.round_to},
+        floors=floors_of(stage),
+        round_to=steps_of(stage),
     )
-    kept = {
-        site.name: SitePlan(site.kind, site.units, rankings[site.name].kept(counts[site.name]))
-        for site in sites
-    }
-    outcomes = tuple(
-        Outcome(goal.cost, goal.asked, goal.removed(counts), goal.total) for goal in goals
-    )
-    return Selection(Plan(model_type, kept), outcomes, total_error(sites, rankings, counts))
+    return selection_of(sites, rankings, counts, goals, model_type=model_type)

@@ -1,6 +1,6 @@
 """Where things are: one description per `model_type` of transformers."""
 
-from hf_prune.errors import UnsupportedModelError
+from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.families import bart, bert, gpt2, llama, phi, vit
 from hf_prune.families.albert import ALBERT
 from hf_prune.families.deberta_v2 import DEBERTA_V2
@@ -37,6 +37,19 @@ def get_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type {model_type!r} has no description. Known: {', '.join(sorted(FAMILIES))}. "
-            "CONTRIBUTING.md shows how to add one: a file with one value."
+            "Describe it (register_family), or let infer_family find and prove a description."
         )
     return FAMILIES[model_type]
+
+
+def register_family(family: Family) -> None:
+    """Make a description of one's own known, in this process.
+
+    Args:
+        family: of a `model_type` that has no description, or the one that it has.
+
+    Raises:
+        ConfigError: when there is another description of this `model_type`.
+    """
+    if FAMILIES.setdefault(family.model_type, family) != family:
+        raise ConfigError(f"model_type {family.model_type!r} has another description already.")

@@ -12,6 +12,7 @@ _ATTENTION = Attention(
     out="out_proj",
     sum="self_attn_layer_norm",
     head_dim="head_dim",
+    empty="block",
     counts=("num_heads",),  # read by Whisper's forward
 )
 _CROSS = replace(_ATTENTION, path="encoder_attn", sum="encoder_attn_layer_norm")

@@ -15,6 +15,7 @@ BERT_ATTENTION = Attention(
     head_dim="attention_head_size",
     counts=("num_attention_heads",),
     widths=("all_head_size",),
+    empty="context",
 )
 BERT_STACK = Stack(
     layers="encoder.layer",

@@ -19,6 +19,7 @@ DEBERTA_V2 = Family(
                 head_dim="attention_head_size",
                 counts=("num_attention_heads",),  # read by forward to take heads apart
                 widths=("all_head_size",),
+                empty="context",
             ),
             ffn=Ffn(up=("intermediate.dense",), down="output.dense", sum="output.LayerNorm"),
         ),

@@ -13,6 +13,7 @@ GPT2 = Family(
                 out="c_proj",
                 sum="ln_2",
                 head_dim="head_dim",
+                empty="block",
                 counts=("num_heads",),
                 widths=("split_size",),  # read by forward to take the packed projection apart
             ),
@@ -23,6 +24,7 @@ GPT2 = Family(
                 out="c_proj",
                 sum="ln_2",
                 head_dim="head_dim",
+                empty="block",
                 counts=("num_heads",),
                 widths=("split_size",),
             ),

@@ -14,6 +14,7 @@ _ATTENTION = Attention(
     out="dense",
     sum="",
     head_dim="head_size",
+    empty="block",
 )
 _PARALLEL = Stack(
     layers="layers",

@@ -12,6 +12,7 @@ _ATTENTION = Attention(
     out="o_proj",
     sum="post_attention_layernorm",
     head_dim="head_dim",
+    empty="block",
 )
 _FFN = Ffn(
     path="mlp",

@@ -12,6 +12,7 @@ _ATTENTION = Attention(
     out="out_proj",
     sum="final_layer_norm",
     head_dim="head_dim",
+    empty="block",
     counts=("num_heads",),  # read by forward to take heads apart
 )
 _FFN = Ffn(up=("fc1",), down="fc2", sum="")

@@ -22,8 +22,9 @@ class Attention:
     sum: str
     """From the layer to the module that gets the sum of residual and output; "" = layer's end. A
     block whose output passes a norm of its own before it is added names that norm."""
-    head_dim: str
-    """Attribute of `core` with the width of one head."""
+    head_dim: str | int
+    """Attribute of `core` with the width of one head; or, in the description of one model, that
+    width."""
     q: str = ""
     k: str = ""
     v: str = ""
@@ -42,6 +43,10 @@ class Attention:
     """Keys of `core.config` that `forward` reads and that hold the number of query heads."""
     shared_bias: Literal["", "t5", "mpnet"] = ""
     """How a position bias that all layers share reaches the block. Each slices what it kept."""
+    empty: Literal["", "block", "context", "t5"] = ""
+    """What runs where no head is left: the block with matrices of width 0, as it is; a `block` that
+    gives the bias of its output; a `core` that gives a `context` of width 0; T5's block. The last
+    three fill caches, whose length is read from the first layer."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ _ATTENTION = Attention(
     counts=("n_heads",),
     widths=("inner_dim",),
     shared_bias="t5",
+    empty="t5",
 )
 
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import CheckpointError
@@ -23,7 +24,7 @@ SHAPES_VERSION = 1
 """Version of the description."""
 MAX_ENTRIES = 1 << 20
 """More modules, and more heads, than any model has."""
-TABLES = ("modules", "attributes", "parameters", "heads")
+TABLES = ("modules", "attributes", "parameters", "heads", "empty")
 """The tables that a description may have."""
 KEY = "quantization_config"
 """The key of the config under which the description stands."""
@@ -133,6 +134,95 @@ class T5KeptHeads(nn.Module):
         return output, bias, weights
 
 
+class NoHeads(nn.Module):
+    """Attention without heads: what is left of it is the bias of its output.
+
+    A decoder reads the length of the past from the cache of its first layer, so that one gets
+    something of the right length all the same.
+    """
+
+    layer_idx: int
+    out_name: str
+    cross: bool
+
+    def _lengthen(self, hidden_states: Tensor, cache: Any, source: Tensor | None) -> int:
+        """Give the cache its entries; the number of positions that it has now."""
+        states = hidden_states if source is None else source
+        if cache is None or (self.cross and not isinstance(cache, EncoderDecoderCache)):
+            return states.shape[1]
+        if isinstance(cache, EncoderDecoderCache):
+            if self.cross and (source is None or cache.is_updated.get(self.layer_idx)):
+                return states.shape[1]
+            if self.cross:
+                cache.is_updated[self.layer_idx] = True
+            cache = cache.cross_attention_cache if self.cross else cache.self_attention_cache
+        nothing = states.new_zeros(*states.shape[:2], 1).unsqueeze(1)  # [B, 1, T, 1]
+        keys, _ = cache.update(nothing, nothing, self.layer_idx)
+        return int(keys.shape[-2])
+
+    def _output(self, hidden_states: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        bias = getattr(self, self.out_name).bias
+        return output if bias is None else output + bias
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Output and, in the place of weights, nothing."""
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        given = (*args, *kwargs.values())
+        cache = next((value for value in given if isinstance(value, Cache)), None)
+        names = ("key_value_states", "encoder_hidden_states")
+        source = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+        if self.cross and source is None and len(args) > 1:
+            source = args[1]
+        self._lengthen(hidden_states, cache, source)
+        return self._output(hidden_states), None
+
+
+class NoContext(NoHeads):
+    """The inner part of an attention without heads, whose output projection is outside of it."""
+
+    def _output(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[..., :0]  # [B, T, E] -> [B, T, 0]
+
+
+class T5NoHeads(NoHeads, T5KeptHeads):
+    """T5's attention without heads: in the first layer it still computes the bias of all."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As T5KeptHeads does."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        past = past.clone() if isinstance(past, Tensor) else past
+        length = self._lengthen(hidden_states, past_key_values, key_value_states)
+        tokens = hidden_states.shape[1]
+        if key_value_states is not None:
+            position_bias = hidden_states.new_zeros(1, 1, tokens, key_value_states.shape[1])
+        elif position_bias is None:
+            position_bias = super(T5KeptHeads, self).compute_bias(  # type: ignore[misc]  # of T5Attention
+                tokens, length, device=hidden_states.device, past_seen_tokens=past
+            )
+        return self._output(hidden_states), position_bias, None
+
+
+NO_HEADS: dict[str, type[NoHeads]] = {"block": NoHeads, "context": NoContext, "t5": T5NoHeads}
+"""By kind: what attention becomes when it has no heads left."""
+
+
+class NoInputs(Conv1D):
+    """A `Conv1D` whose inputs are all gone, which PyTorch cannot run: its bias is left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bias, for each token."""
+        return x.new_zeros(*x.shape[:-1], self.nf) + self.bias
+
+
 KEPT_HEADS: dict[str, tuple[type[nn.Module], str]] = {
     "t5": (T5KeptHeads, "n_heads"),
     "mpnet": (MPNetKeptHeads, "num_attention_heads"),
@@ -164,15 +254,28 @@ def keep_heads_(module: nn.Module, bias: str, kept: list[int]) -> None:
     module.kept_heads = kept  # type: ignore[assignment]  # nn.Module types what it holds as modules
 
 
+def empty_(module: nn.Module, kind: str, out: str, *, cross: bool) -> None:
+    """Make an attention that has no heads left run without them.
+
+    Args:
+        module: the attention.
+        kind: a key of `NO_HEADS`.
+        out: name of its output projection, where that is inside of it.
+        cross: whether it looks at another sequence.
+    """
+    module.__class__ = _joined(NO_HEADS[kind], type(module))
+    module.out_name, module.cross = out, cross  # type: ignore[assignment]  # as above
+
+
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_selection(value: object) -> bool:
-    """Whether it is a list of sorted indices, each of them once, and at least one."""
-    if not isinstance(value, list) or not 0 < len(value) <= MAX_ENTRIES:
+    """Whether it is a list of sorted indices, each of them once."""
+    if not isinstance(value, list) or len(value) > MAX_ENTRIES or not all(map(_is_size, value)):
         return False
-    return all(map(_is_size, value)) and value[0] >= 0 and all(a < b for a, b in pairwise(value))
+    return min(value, default=0) >= 0 and all(a < b for a, b in pairwise(value))
 
 
 def _table(shapes: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
@@ -191,16 +294,25 @@ def _check_sizes(where: str, entry: Mapping[Any, Any]) -> None:
     for name, size in entry.items():
         if not isinstance(name, str) or not _is_size(size):
             raise CheckpointError(f"{where}.{name} = {size!r} is not an integer.")
-        if size < 1:
-            raise CheckpointError(f"{where}.{name} = {size} is not positive.")
+        if size < 0:
+            raise CheckpointError(f"{where}.{name} = {size} is negative.")
 
 
 def _check_heads(where: str, entry: Mapping[Any, Any]) -> None:
     bias, kept = entry.get("bias"), entry.get("kept")
-    if set(entry) != {"bias", "kept"} or bias not in KEPT_HEADS:
+    if set(entry) != {"bias", "kept"} or not isinstance(bias, str) or bias not in KEPT_HEADS:
         raise CheckpointError(f"{where} must have 'kept' and a 'bias' of {sorted(KEPT_HEADS)}.")
     if not _is_selection(kept):
         raise CheckpointError(f"{where}.kept is not a sorted list of heads, each of them once.")
+
+
+def _check_empty(where: str, entry: Mapping[Any, Any]) -> None:
+    kind, out, cross = entry.get("kind"), entry.get("out"), entry.get("cross")
+    good = set(entry) == {"kind", "out", "cross"} and isinstance(kind, str) and kind in NO_HEADS
+    if not good or not isinstance(out, str) or not isinstance(cross, bool):
+        raise CheckpointError(
+            f"{where} must have a 'kind' of {sorted(NO_HEADS)}, 'out' and 'cross'."
+        )
 
 
 def check_shapes(shapes: Mapping[str, Any]) -> None:
@@ -225,6 +337,8 @@ def check_shapes(shapes: Mapping[str, Any]) -> None:
         _check_sizes(f"{KEY}.parameters[{name!r}]", {str(i): s for i, s in enumerate(sizes)})
     for name, entry in _table(shapes, "heads", dict).items():
         _check_heads(f"{KEY}.heads[{name!r}]", entry)
+    for name, entry in _table(shapes, "empty", dict).items():
+        _check_empty(f"{KEY}.empty[{name!r}]", entry)
 
 
 def resolve(base: nn.Module, name: str) -> nn.Module:
@@ -288,12 +402,27 @@ def _check_kept(
     mixin, count = KEPT_HEADS[entry["bias"]]
     cls, needed = type(module), "compute_bias" if entry["bias"] == "t5" else "forward"
     current = vars(module).get(count)
-    if issubclass(cls, mixin) or not hasattr(cls, needed) or not _is_size(current):
+    if issubclass(cls, mixin) or not hasattr(cls, needed) or not isinstance(current, int):
         raise CheckpointError(f"{name} is a {cls.__name__}, which shares no position bias.")
-    if entry["kept"][-1] >= current or len(entry["kept"]) != attributes.get(count):
+    if max(entry["kept"], default=0) >= current or len(entry["kept"]) != attributes.get(count):
         raise CheckpointError(
             f"{KEY}.heads[{name!r}].kept does not fit: {len(entry['kept'])} of {current} heads, "
             f"and {count} = {attributes.get(count)}."
+        )
+
+
+def _check_no_heads(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
+    out = vars(module)["_modules"].get(entry["out"])
+    if entry["kind"] == "context":
+        good = not entry["out"] and "Attention" in type(module).__name__
+    else:
+        good = type(out) in (nn.Linear, Conv1D)
+    if entry["kind"] == "t5":
+        good = good and hasattr(type(module), "compute_bias")
+    if not good or isinstance(module, NoHeads):
+        raise CheckpointError(
+            f"{KEY}.empty[{name!r}] does not fit: {type(module).__name__} is no attention with an "
+            f"output projection {entry['out']!r}."
         )
 
 
@@ -310,6 +439,8 @@ def _check_all(base: nn.Module, shapes: Mapping[str, Any]) -> None:
         _check_parameter(base, name, sizes)
     for name, entry in shapes.get("heads", {}).items():
         _check_kept(name, resolve(base, name), entry, attributes.get(name, {}))
+    for name, entry in shapes.get("empty", {}).items():
+        _check_no_heads(name, resolve(base, name), entry)
 
 
 def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
@@ -335,12 +466,16 @@ def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
             set_attribute_(base.get_submodule(name), attribute, value)
     for name, entry in shapes.get("heads", {}).items():
         keep_heads_(base.get_submodule(name), entry["bias"], list(entry["kept"]))
+    for name, entry in shapes.get("empty", {}).items():
+        empty_(base.get_submodule(name), entry["kind"], entry["out"], cross=entry["cross"])
 
 
 def update_sizes_(module: nn.Module) -> None:
     """Make what a layer says of itself agree with its weight."""
     if isinstance(module, Conv1D):
         module.nf, module.nx = _sizes(module)
+        if not module.nx:
+            module.__class__ = NoInputs
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = _sizes(module)
 

@@ -227,21 +227,22 @@ def refit(
         NumericsError: when a sum is not finite.
     """
     sites = find_sites(model)
-    units = {site.name: site.units for site in targets.sites}
-    narrowed = [site.name for site in sites if site.units < units[site.name]]
+    left = {site.name: site.units for site in sites}  # nothing, where all units went
+    narrowed = [site.name for site in targets.sites if left.get(site.name, 0) < site.units]
     if changed is None:
-        names = [site.name for site in sites]
+        names = [site.name for site in targets.sites]
         changed = set(names[names.index(narrowed[0]) :]) if narrowed else set()
     fitted = []
     with both_in_eval(model, targets.dense):
         walk = _Walk(model, targets, ridge)
-        layers, stack = by_layer(sites), ""
-        for layer, layer_sites in layers.items():
+        layers, stack = by_layer(targets.sites), ""
+        for layer, dense_sites in layers.items():
+            layer_sites = [site for site in sites if site.layer_module == layer]
             before, stack = stack, layer.rpartition(".")[0]
             if before not in ("", stack):
                 walk.enter([name for name in layers if name.rpartition(".")[0] == stack])
             here = [site for site in layer_sites if site.name in changed]
-            sums = walk.dense_sums(layer_sites)
+            sums = walk.dense_sums(dense_sites)
             ends = bool(here) and here[-1].name == layer_sites[-1].name
             ends = ends and _is_end(walk, here[-1])
             for site in here:

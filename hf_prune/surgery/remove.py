@@ -19,12 +19,13 @@ from hf_prune.sites import (
     logical_weight,
     projection,
 )
-from hf_prune.surgery.rebuild import keep_heads_, set_attribute_
+from hf_prune.surgery.rebuild import empty_, keep_heads_, set_attribute_
 from hf_prune.surgery.shapes import (
     Changes,
     keep_index,
     narrow_,
     narrow_parameter_,
+    record_caches_,
     record_shapes_,
 )
 
@@ -55,7 +56,12 @@ def _keep_attributes_true(base: nn.Module, site: Site, plan: SitePlan, changes: 
         value = len(plan.kept) * attribute.per_unit
         set_attribute_(base.get_submodule(attribute.module), attribute.name, value)
         changes.attributes[attribute.module][attribute.name] = value
-    if site.shared_bias:
+    if site.empty and not plan.kept:
+        path = site.core
+        out = "" if site.empty == "context" else site.gate.module.removeprefix(f"{path}.")
+        empty_(base.get_submodule(path), site.empty, out, cross=site.cross)
+        changes.empty[path] = {"kind": site.empty, "out": out, "cross": site.cross}
+    elif site.shared_bias:
         module = base.get_submodule(site.core)
         before = getattr(module, "kept_heads", range(site.units))
         kept = [int(before[unit]) for unit in plan.kept]
@@ -66,9 +72,10 @@ def _keep_attributes_true(base: nn.Module, site: Site, plan: SitePlan, changes: 
 def remove_units(model: PreTrainedModel, plan: Plan) -> None:
     """Really remove, in place, what a plan does not keep.
 
-    The model gets smaller matrices (new parameters: make the optimizer afterwards), the attributes
-    that hold widths follow, and its config describes the result, so that `save_pretrained` and then
-    plain `from_pretrained` work. Everything is checked before anything is changed.
+    A site may lose all of its units: then only the bias of its output is left. The model gets
+    smaller matrices (new parameters: make the optimizer afterwards), the attributes that hold
+    widths follow, and its config describes the result, so that `save_pretrained` and then plain
+    `from_pretrained` work. Everything is checked before anything is changed.
 
     Raises:
         PlanError: when the plan was made for another model or other widths.
@@ -91,3 +98,5 @@ def remove_units(model: PreTrainedModel, plan: Plan) -> None:
     for site in changed:
         _keep_attributes_true(base, site, plan.sites[site.name], changes)
     record_shapes_(model, changes)
+    if any(site.kind == "heads" for site in changed):
+        record_caches_(model)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import CheckpointError
-from hf_prune.sites import base_model, logical_weight
+from hf_prune.sites import base_model, find_sites, logical_weight
 from hf_prune.surgery.rebuild import (
     QUANT_METHOD,
     SHAPES_VERSION,
@@ -36,6 +36,8 @@ class Changes:
     """Sizes that modules keep about themselves."""
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attentions that slice a shared position bias."""
+    empty: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Attentions that have no heads left and need to be told."""
 
 
 def narrow_(module: nn.Module, axis: int, index: Tensor) -> None:
@@ -87,7 +89,32 @@ def record_shapes_(model: PreTrainedModel, changes: Changes) -> None:
         shapes.setdefault("parameters", {})[name] = list(base.get_parameter(name).shape)
     for name, entry in changes.heads.items():
         shapes.setdefault("heads", {})[name] = entry
+    for name, entry in changes.empty.items():
+        shapes.setdefault("empty", {})[name] = entry
+        shapes.get("heads", {}).pop(name, None)
     model.config.quantization_config = shapes
+
+
+def record_caches_(model: PreTrainedModel) -> None:
+    """Write each layer's key/value heads into the config of a decoder, where caches look for them.
+
+    transformers reads them when it builds a static cache before the first pass; to build the model
+    it reads the sizes of the whole, which stay.
+    """
+    config = model.config.get_text_config(decoder=True)
+    causal = any(getattr(module, "is_causal", False) for module in base_model(model).modules())
+    if model.config.is_encoder_decoder or not causal or not hasattr(config, "per_layer_config"):
+        return
+    layers = {  # what attention without heads gives
+        layer: {"num_key_value_heads": 1, "head_dim": 1}
+        for layer in range(config.num_hidden_layers)
+    }
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for site in find_sites(model, ["heads"]):
+        if not site.cross:
+            layers[site.layer] = {"num_key_value_heads": site.units, "head_dim": width}
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = layers  # type: ignore[assignment]  # a dict is invariant
 
 
 def keep_index(size: int, drop: "list[int]") -> Tensor:

@@ -101,9 +101,25 @@ def _tap_hidden(model: PreTrainedModel, taps: Taps) -> None:
         taps.handles.append(layer.register_forward_hook(after))
 
 
+def _check_apart(site: Site) -> None:
+    """Refuse an attention block whose queries, keys and values do not lie apart.
+
+    Raises:
+        ConfigError: naming the block.
+    """
+    parts = site.slices[:3]
+    places = {(item.module, item.offset) for item in parts if item.axis == 0 and not item.parameter}
+    if len(places) < len(ATTENTION_PARTS):
+        raise ConfigError(
+            f"{site.name} packs queries, keys and values head by head: attention and relations "
+            "cannot be taught, hidden states and logits can."
+        )
+
+
 def _tap_attention(model: PreTrainedModel, sites: Sequence[Site], taps: Taps) -> None:
     base = base_model(model)
     for site in sites:
+        _check_apart(site)
         taps.head_widths[site.layer] = site.slices[1].width  # of a key; a query unit may hold many
         for name, item in zip(ATTENTION_PARTS, site.slices[:3], strict=True):
             end = item.offset + site.units * item.width
@@ -127,8 +143,11 @@ def attach_taps(
     """Read hidden states, or queries, keys and values, of every forward pass from now on.
 
     Raises:
-        ConfigError: under gradient checkpointing, which runs the layers without their graph.
+        ConfigError: under gradient checkpointing, which runs the layers without their graph, and
+            for models with encoder and decoder, whose layers see other tokens.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ConfigError("models with encoder and decoder are taught by their logits only.")
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise ConfigError(
             "gradient checkpointing hides the layers from distillation: turn it off, or distill "

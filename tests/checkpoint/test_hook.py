@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_prune.errors import CheckpointError
-from hf_prune.surgery.rebuild import apply_shapes_
+from hf_prune.surgery.rebuild import TABLES, apply_shapes_
 from hf_prune.surgery.remove import remove_units
 
 QUERY = "encoder.layer.0.attention.self.query"
@@ -56,7 +56,7 @@ def test_the_unchanged_config_gets_as_far_as_the_weights(load):
         load(lambda spec: None)
 
 
-NOT_A_SIZE = [-1, 0, True, False, 1.0, 8.5, "8", None, [8], {"a": 8}]
+NOT_A_SIZE = [-1, True, False, 1.0, 8.5, "8", None, [8], {"a": 8}]
 
 
 @pytest.mark.parametrize("value", NOT_A_SIZE, ids=repr)
@@ -134,6 +134,48 @@ def test_a_size_too_many(load):
         load(lambda spec: spec["modules"][QUERY].update(groups=1))
 
 
+HEADS = {"bias": "t5", "kept": [0]}
+EMPTY = {"kind": "context", "out": "", "cross": False}
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "entry", "text"),
+    [
+        ("heads", CORE, {"bias": "t5"}, "must have 'kept' and a 'bias' of"),
+        ("heads", CORE, {**HEADS, "bias": "own"}, "must have 'kept' and a 'bias' of"),
+        ("heads", CORE, {**HEADS, "bias": ["t5"]}, "must have 'kept' and a 'bias' of"),
+        ("heads", CORE, {**HEADS, "kept": [1, 0]}, r"kept is not a sorted list of heads"),
+        ("heads", CORE, {**HEADS, "kept": [1, 1]}, r"kept is not a sorted list of heads"),
+        ("heads", CORE, {**HEADS, "kept": [-1]}, r"kept is not a sorted list of heads"),
+        ("heads", CORE, {**HEADS, "kept": [True]}, r"kept is not a sorted list of heads"),
+        ("heads", CORE, {**HEADS, "kept": 3}, r"kept is not a sorted list of heads"),
+        ("heads", CORE, HEADS, "BertSelfAttention, which shares no position bias"),
+        ("heads", "nowhere", HEADS, "no such module"),
+        ("empty", CORE, {**EMPTY, "kind": "os"}, "must have a 'kind' of"),
+        ("empty", CORE, {**EMPTY, "cross": 1}, "must have a 'kind' of"),
+        ("empty", CORE, {**EMPTY, "more": 1}, "must have a 'kind' of"),
+        ("empty", CORE, {**EMPTY, "kind": "block"}, "no attention with an output projection ''"),
+        ("empty", CORE, {**EMPTY, "kind": "t5", "out": "query"}, "no attention with an output"),
+        ("empty", "encoder", EMPTY, "BertEncoder is no attention"),
+        ("parameters", "pooler.dense.weight", {"0": 1}, "is not a list"),
+        ("parameters", "pooler.dense.weight", [1, -1], "= -1 is negative"),
+        ("parameters", "pooler.dense.weight", [1, 1.0], "= 1.0 is not an integer"),
+        ("parameters", "pooler.dense.weight", [33, 1], r"the config asks for \[33, 1\]"),
+        (
+            "parameters",
+            "pooler.dense.weight",
+            [1],
+            r"asks for \[1\], the model has only",
+        ),
+        ("parameters", "pooler.dense.wait", [1, 1], "no such parameter"),
+        ("parameters", "nowhere.weight", [1, 1], "no such module"),
+    ],
+)
+def test_entries_of_other_tables(load, table, name, entry, text):
+    with pytest.raises(CheckpointError, match=text):
+        load(lambda spec: spec.setdefault(table, {}).update({name: entry}))
+
+
 @pytest.mark.parametrize("value", [[], 3, "x", True, [1, 2]], ids=repr)
 @pytest.mark.parametrize("table", ["modules", "attributes"])
 def test_table_that_is_none(load, table, value):
@@ -153,7 +195,7 @@ JSON = st.recursive(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.dictionaries(st.sampled_from(["version", "modules", "attributes"]), JSON))
+@given(data=st.dictionaries(st.sampled_from(["version", *TABLES]), JSON))
 def test_any_data_is_refused_or_harmless(data):
     """Either an error of ours, and nothing changed; or the model only became smaller."""
     model = MODEL()

@@ -85,7 +85,7 @@ def test_soft_movement_closes_what_its_penalty_pushes_down_but_not_past_the_goal
     assert torch.equal(gates, torch.maximum(wanted, (pruning.parameters >= 0).float()))
     pruning.parameters = torch.full_like(pruning.parameters, -1.0)
     pruning.decide(0.5)
-    assert pruning.sparsity == pytest.approx(0.5, abs=0.06)
+    assert 0.5 <= pruning.sparsity < 0.6  # a head of the tiny model is a large step
     pruning.gates.remove()
 
 

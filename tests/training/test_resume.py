@@ -73,7 +73,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+FAST = ("l0", "taylor", "weights")
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in sorted(KINDS)]
+)
 def test_resumed_equals_uninterrupted(tiny, tmp_path, kind):
     def run(folder, *more, resume=None):
         model, callback = tiny("bert"), PruneCallback(KINDS[kind])
@@ -81,7 +86,7 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, kind):
         return model, callback
 
     expected, whole = run(tmp_path / "whole")
-    for step in (3, 9):
+    for step in (5, 9):
         folder = tmp_path / f"killed-{step}"
         with pytest.raises(Killed):
             run(folder, KillAt(step))

@@ -1,0 +1,234 @@
+"""Sensitivity: what each site's loss does as more and more of it goes, and do criteria agree?
+
+Each site is masked alone, in the order of a criterion, with everything else as it is.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from hf_prune.criteria import get_criterion, needs
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.gates import attach_gates
+from hf_prune.sites import Site, find_sites
+from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.collect import collect
+from hf_prune.statistics.projection import logits_of
+from hf_prune.statistics.score import score
+
+FRACTIONS = (0.25, 0.5, 0.75, 0.9)
+"""Shares of a site's units that are masked."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a sensitivity analysis found; plain data, for plots.
+
+    Attributes:
+        criterion: in whose order units were masked.
+        fractions: shares of the units of one site that were masked.
+        curves: by site, at each fraction: `kl` (mean KL divergence from the dense model, in nats
+            per example or token), `logit_error` (mean squared change of the logits, their mean over
+            classes taken off) and, where batches have labels, `loss`.
+        scores: by criterion and site, what each unit's removal adds in the criterion's order, by
+            unit.
+        agreement: by two criteria, the mean over sites of the rank correlation of their orders.
+    """
+
+    criterion: str
+    fractions: tuple[float, ...]
+    curves: dict[str, dict[str, list[float]]]
+    scores: dict[str, dict[str, list[float]]]
+    agreement: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON."""
+        return {
+            "criterion": self.criterion,
+            "fractions": list(self.fractions),
+            "curves": self.curves,
+            "scores": self.scores,
+            "agreement": self.agreement,
+        }
+
+
+def _positions(ranking: Ranking) -> Tensor:
+    """When each unit goes, `[U]`."""
+    positions = torch.empty(ranking.units, dtype=torch.float64)
+    positions[ranking.order] = torch.arange(ranking.units, dtype=torch.float64)
+    return positions
+
+
+def rank_correlation(one: Ranking, two: Ranking) -> float:
+    """Spearman's rank correlation of two orders of the same units; 1 for a single unit."""
+    if one.units < 2:
+        return 1.0
+    return float(torch.corrcoef(torch.stack([_positions(one), _positions(two)]))[0, 1])
+
+
+def _by_unit(ranking: Ranking) -> list[float]:
+    values = torch.empty(ranking.units, dtype=torch.float64)
+    values[ranking.order] = ranking.errors.diff()
+    return [float(value) for value in values]
+
+
+def _tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """The logits that count, `[n, C]`: of examples, or of real tokens."""
+    if values.ndim == 3 and values.shape[:2] == mask.shape:
+        return values[mask]  # [B, T, C] -> [real tokens, C]
+    return values.flatten(0, -2)
+
+
+def _compare(dense: Tensor, masked: Tensor) -> Tensor:
+    """Sums over examples or tokens of KL divergence and squared logit error, and their number."""
+    p, q = torch.log_softmax(dense, dim=-1), torch.log_softmax(masked, dim=-1)
+    kl = (p.exp() * (p - q)).sum(dim=-1)
+    change = masked - dense
+    change = change - change.mean(dim=-1, keepdim=True)
+    error = change.square().mean(dim=-1)
+    return torch.stack([kl.double().sum(), error.double().sum(), torch.tensor(float(len(kl)))])
+
+
+@torch.no_grad()
+def _curves(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    rankings: dict[str, Ranking],
+    batches: Sequence[Batch],
+    fractions: Sequence[float],
+) -> dict[str, dict[str, list[float]]]:
+    labelled = all("labels" in batch for batch in batches)
+    sums = {site.name: torch.zeros(len(fractions), 5, dtype=torch.float64) for site in sites}
+    gates = attach_gates(model, sites)
+    try:
+        for batch in batches:
+            batch = to_device(batch, model.device)
+            kwargs, mask = forward_kwargs(model, batch, labels=labelled), token_mask(model, batch)
+            dense = _tokens(logits_of(model(**kwargs)).float(), mask)
+            for site in sites:
+                ranking = rankings[site.name]
+                for index, fraction in enumerate(fractions):
+                    gone = ranking.order[: round(fraction * site.units)]
+                    gate = torch.ones(site.units, device=model.device)
+                    gate[gone] = 0.0
+                    gates.values = {site.name: gate}
+                    output = model(**kwargs)
+                    found = _compare(dense, _tokens(logits_of(output).float(), mask).to(dense))
+                    sums[site.name][index, :3] += found.cpu()
+                    if labelled:
+                        sums[site.name][index, 3] += float(output.loss) * len(mask)
+                    sums[site.name][index, 4] += len(mask)
+                gates.values = {}
+    finally:
+        gates.remove()
+    curves = {}
+    for name, total in sums.items():
+        curves[name] = {
+            "kl": (total[:, 0] / total[:, 2]).tolist(),
+            "logit_error": (total[:, 1] / total[:, 2]).tolist(),
+        }
+        if labelled:
+            curves[name]["loss"] = (total[:, 3] / total[:, 4]).tolist()
+    return curves
+
+
+def analyse_sensitivity(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    criteria: Sequence[str] = ("kfac_obs", "fisher", "magnitude"),
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    kinds: Sequence[str] = ("heads", "neurons"),
+    seed: int = 0,
+) -> Sensitivity:
+    """Mask each site alone, more and more of it, and compare what criteria say.
+
+    Args:
+        model: of a known family; not changed.
+        batches: dicts of tensors. Criteria that need labels need them here too.
+        criteria: keys of `hf_prune.criteria.CRITERIA`; units are masked in the order of the first.
+        fractions: shares of a site's units to mask.
+        kinds: of sites.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: when no criterion is given, or an unknown one.
+        DataError: when batches are missing, or labels that a criterion needs.
+    """
+    if not criteria:
+        raise ConfigError("name at least one criterion.")
+    wanted = {name for criterion in criteria for name in needs(get_criterion(criterion))}
+    sites = find_sites(model, kinds)
+    statistics = collect(model, sites, batches, wanted, seed)
+    rankings = {name: score(model, sites, name, statistics, seed) for name in criteria}
+    agreement = {
+        one: {
+            two: sum(rank_correlation(rankings[one][s.name], rankings[two][s.name]) for s in sites)
+            / len(sites)
+            for two in criteria
+        }
+        for one in criteria
+    }
+    training = model.training
+    model.eval()
+    try:
+        curves = _curves(model, sites, rankings[criteria[0]], batches, fractions)
+    finally:
+        model.train(training)
+    scores = {
+        name: {site: _by_unit(ranking) for site, ranking in each.items()}
+        for name, each in rankings.items()
+    }
+    return Sensitivity(criteria[0], tuple(fractions), curves, scores, agreement)
+
+
+def analyse_file(
+    model: "str | os.PathLike[str]",
+    text: Path,
+    criteria: Sequence[str],
+    *,
+    max_samples: int = 128,
+    max_length: int = 128,
+) -> Sensitivity:
+    """The sensitivity of a saved model on a text file with one example a line.
+
+    Args:
+        model: folder or Hub name, with a tokenizer; loaded as the class that it was saved from.
+        text: UTF-8; empty lines are skipped.
+        criteria: as in `analyse_sensitivity`. There are no labels, but for language models.
+        max_samples: lines to use at most.
+        max_length: tokens of a line at most.
+
+    Raises:
+        DataError: when the text has no line.
+        ConfigError: when transformers does not have the class that the model was saved from.
+    """
+    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{text} has no line of text.")
+    names = AutoConfig.from_pretrained(model).architectures or ["none"]
+    loader = getattr(transformers, names[0], None)
+    if loader is None:
+        raise ConfigError(f"{model} was saved from {names[0]}, which transformers does not have.")
+    loaded: PreTrainedModel = loader.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batches = []
+    for start in range(0, min(len(lines), max_samples), 16):
+        part = lines[start : min(start + 16, max_samples)]
+        batch = dict(
+            tokenizer(
+                part, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+            )
+        )
+        if loaded.get_output_embeddings() is not None:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batches.append(batch)
+    return analyse_sensitivity(loaded, batches, criteria)

@@ -1,0 +1,66 @@
+"""`prepare_trainer`: the same losses and plans however a batch is cut."""
+
+import pytest
+import torch
+from test_resume import recipe, trainer
+from transformers import TrainerCallback
+
+from hf_prune import DistillCallback, PruneCallback, prepare_trainer
+
+
+def still(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def run(tiny, folder, **options):
+    model = still(tiny("bert"))
+    callbacks = PruneCallback(recipe()), DistillCallback(tiny("electra"), alpha=0.5)
+    job = trainer(model, folder, *callbacks, save_strategy="no", logging_steps=1, **options)
+    prepare_trainer(job).train()
+    losses = [entry["loss"] for entry in job.state.log_history if "loss" in entry]
+    return losses, callbacks[0].plan, model
+
+
+def test_accumulation_changes_neither_losses_nor_the_plan(tiny, tmp_path):
+    losses, plan, model = run(tiny, tmp_path)
+    for steps in (2, 4):
+        size = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+        other_losses, other_plan, other = run(tiny, tmp_path, **size)
+        assert other_losses == pytest.approx(losses, rel=2e-3)
+        assert other_plan == plan
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, atol=2e-3, rtol=0)
+
+
+def test_mixed_precision_changes_no_more_in_the_plan_than_its_rounding(tiny, tmp_path):
+    _, plan, _ = run(tiny, tmp_path)
+    _, other, model = run(tiny, tmp_path, bf16=True)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    same, kept = 0, 0
+    for name, site in plan.sites.items():
+        if site.kind == "heads":
+            assert other.sites[name] == site
+        same += len(set(site.kept) & set(other.sites[name].kept))
+        kept += len(site.kept)
+    assert same >= 0.9 * kept
+
+
+def test_trackers_see_our_figures(tiny, tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(set(logs))
+
+    job = trainer(tiny("bert"), tmp_path, PruneCallback(recipe()), save_strategy="no")
+    job.callback_handler.callbacks.insert(0, Tracker())  # where reporting callbacks stand
+    prepare_trainer(job).train()
+    assert "prune/sparsity" in seen[0]
+
+
+def test_language_models_keep_their_own_count(tiny, tmp_path):
+    assert prepare_trainer(trainer(tiny("gpt2"), tmp_path)).model_accepts_loss_kwargs
+    assert not prepare_trainer(trainer(tiny("bert"), tmp_path)).model_accepts_loss_kwargs
