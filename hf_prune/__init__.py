@@ -4,6 +4,7 @@ Importing this package registers the loader of pruned models with transformers, 
 """
 
 from hf_prune.analysis import analyse_sensitivity
+from hf_prune.checkpoint.bitmask import register_bitmask
 from hf_prune.checkpoint.hook import register
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
@@ -11,6 +12,7 @@ from hf_prune.errors import HfPruneError
 from hf_prune.families import register_family
 from hf_prune.gates import close_gates
 from hf_prune.hub import push_to_hub
+from hf_prune.infer import infer_family, load_family
 from hf_prune.pipeline import compress, compress_family
 from hf_prune.plan import Plan
 from hf_prune.recipe import Recipe, load_recipe
@@ -56,3 +58,4 @@ __all__ = [
 ]
 
 register()
+register_bitmask()

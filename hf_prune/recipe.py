@@ -362,6 +362,12 @@ class Train(_Model):
     """Decay of weights (not of biases and norms)."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps until the learning rate is reached."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps, instead of `num_train_epochs`; -1: as many as these give."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches for one optimizer step."""
+    lora_rank: int = Field(default=0, ge=0)
+    """0: all weights are trained. Otherwise low-rank adapters are, and then merged; needs PEFT."""
 
 
 class Distill(Train):
@@ -474,6 +480,8 @@ class Recipe(_Model):
             if stage.structural and zeros:
                 raise ValueError("prune heads and neurons before single weights")
             zeros = zeros or not stage.structural
+            if stage.schedule and isinstance(following, Train) and following.lora_rank:
+                raise ValueError("lora_rank is for recovery, after the masks have closed")
             if stage.schedule and not isinstance(following, Train):
                 raise ValueError(
                     "a prune stage with a schedule needs a train or distill stage after it"
