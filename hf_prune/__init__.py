@@ -4,6 +4,7 @@ Importing this package registers the loader of pruned models with transformers, 
 """
 
 from hf_prune.analysis import analyse_sensitivity
+from hf_prune.checkpoint.bitmask import register_bitmask
 from hf_prune.checkpoint.hook import register
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
@@ -56,3 +57,4 @@ __all__ = [
 ]
 
 register()
+register_bitmask()

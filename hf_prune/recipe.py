@@ -231,6 +231,8 @@ class Prune(_Model):
     """Neurons that every feed-forward block keeps."""
     round_to: int = Field(default=1, ge=1)
     """Neurons kept are a multiple of this (8 or 16 suits most hardware), unless all stay."""
+    even: bool = False
+    """All layers of a stack keep the same number of heads, and of neurons."""
     ignore: tuple[str, ...] = ()
     """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone."""
     calibration_samples: int = Field(default=512, ge=1)
@@ -455,6 +457,17 @@ class Recipe(_Model):
     """What happens, in this order."""
     standalone: bool = False
     """Save a module beside the weights: it loads without hf_prune, by `trust_remote_code=True`."""
+
+    portable: bool = False
+    """Write a plain config, which loads with no plugin at all. Needs `even: true` in each stage
+    that removes units; most configs can say a number of neurons only."""
+
+    @model_validator(mode="after")
+    def _even(self) -> "Recipe":
+        stages = [s for s in self.stages if isinstance(s, Prune) and s.structural]
+        if self.portable and not all(s.even and not s.schedule for s in stages):
+            raise ValueError("portable: true needs even: true, and no schedule, in each stage")
+        return self
 
     @model_validator(mode="after")
     def _order(self) -> "Recipe":

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune.measure.counts import count_parameters
 from hf_prune.report.result import environment
-from hf_prune.weights.budgets import uniform
+from hf_prune.weights.budgets import allot
 from hf_prune.weights.find import find_matrices
 from hf_prune.weights.patterns import parse_pattern
 from hf_prune.weights.problem import Options
@@ -74,13 +74,14 @@ def prune_copy(
 ) -> dict[str, Any]:
     """Prune a model in place by one method, per row or not as it says; and what it cost."""
     method = dict(method)
-    by_row = method.pop("rows", False)
+    by_row, budget = method.pop("rows", False), method.pop("budget", "uniform")
     pattern = parse_pattern(level if ":" in level or "x" in level else "unstructured", rows=by_row)
     sparsity = float(level) if pattern.kind == "unstructured" else 0.0
     matrices = find_matrices(model, ignore=ignore)
     wall, cpu = time.perf_counter(), time.process_time()
     options = Options(pattern=pattern, **method)
-    result = prune_weights_(model, matrices, uniform(matrices, sparsity, pattern), options, batches)
+    removed = allot(model, matrices, budget, sparsity, options, batches)
+    result = prune_weights_(model, matrices, removed, options, batches)
     total = sum(mask.numel() for mask in result.masks.values())
     kept = sum(int(mask.sum()) for mask in result.masks.values())
     errors = list(result.errors.values())
@@ -99,6 +100,14 @@ def _tokens(folder: Path, tokenizer: Any, split: str, sequences: int, length: in
     ids = tokenizer(text, return_tensors="pt").input_ids[0][: sequences * length]
     rows: Tensor = ids.view(-1, length)  # [sequences, length]
     return rows
+
+
+def language_batches(
+    folder: Path, tokenizer: Any, split: str, sequences: int, length: int
+) -> list[dict[str, Tensor]]:
+    """Calibration batches of four sequences each."""
+    tokens = _tokens(folder, tokenizer, split, sequences, length)
+    return [{"input_ids": part} for part in tokens.split(4)]
 
 
 @torch.inference_mode()
@@ -124,9 +133,8 @@ def language_model(
     torch.set_num_threads(1)
     rows = Rows(out)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = _tokens(text, tokenizer, "valid", sequences, length)
     test = _tokens(text, tokenizer, "test", 8, length)
-    batches = [{"input_ids": part} for part in calibration.split(4)]
+    batches = language_batches(text, tokenizer, "valid", sequences, length)
     chosen = methods.split(";") if methods else list(METHODS)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if "dense" not in rows:

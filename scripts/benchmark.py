@@ -6,14 +6,17 @@ python scripts/benchmark.py structured-lm runs/structured_lm.json --model DIR --
 python scripts/benchmark.py structured-latency runs/structured_latency.json --model DIR
 python scripts/benchmark.py structured-cost runs/structured_cost.json --model DIR
 python scripts/benchmark.py weights-lm runs/benchmark_weights_lm.json --model DIR --text DIR
-python scripts/benchmark.py weights-text runs/benchmark_weights_text.json --model DIR
-python scripts/benchmark.py weights-layers runs/benchmark_weights_layers.json --model DIR
-python scripts/benchmark.py weights-digits runs/benchmark_weights_digits.json
+python scripts/benchmark.py weights-text runs/weights_text.json --model DIR --data NAME
+python scripts/benchmark.py weights-layers runs/weights_layers.json --model DIR --text DIR
+python scripts/benchmark.py weights-memory runs/weights_memory.json
+python scripts/benchmark.py weights-digits runs/weights_digits.json
 """
 
 import bench_step
 import bench_structured
 import bench_weights
+import bench_weights_cost
+import bench_weights_text
 import click
 
 
@@ -28,6 +31,10 @@ main.add_command(bench_structured.language_model, "structured-lm")
 main.add_command(bench_structured.latency, "structured-latency")
 main.add_command(bench_structured.cost, "structured-cost")
 main.add_command(bench_weights.language_model, "weights-lm")
+main.add_command(bench_weights_text.text, "weights-text")
+main.add_command(bench_weights_text.digits, "weights-digits")
+main.add_command(bench_weights_cost.layers, "weights-layers")
+main.add_command(bench_weights_cost.memory, "weights-memory")
 
 if __name__ == "__main__":
     main()

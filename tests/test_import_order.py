@@ -20,7 +20,7 @@ ROWS = (
     ("checkpoint", "training", "infer"),
     ("targets", "analysis"),
     ("report", "export", "search"),
-    ("oneshot",),
+    ("oneshot", "ondisk"),
     ("hub", "pipeline"),
     ("cli",),
 )

@@ -9,6 +9,7 @@ Like `surgery.rebuild`, this module is also saved beside models that are to load
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -22,6 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_prune.surgery.rebuild import QUANT_METHOD, TABLES, apply_shapes_, check_shapes
+
+CONVERSIONS: list[Callable[[], Any]] = []
+"""Makers of weight conversions: how weights that are not stored as they are get read."""
 
 
 class HfPruneConfig(QuantizationConfigMixin):
@@ -57,6 +61,7 @@ class HfPruneQuantizer(HfQuantizer):
         for name in ("hf_quantizer", "quantization_method"):
             with contextlib.suppress(AttributeError):
                 delattr(model, name)
+        _forget_conversions(model)
         model.is_quantized = False  # type: ignore[assignment]  # a plain flag
         for module in model.modules():
             config = getattr(module, "config", None)
@@ -64,6 +69,14 @@ class HfPruneQuantizer(HfQuantizer):
                 del config._is_quantized
         model.config.quantization_config = shapes
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """How weights are read that lie in the checkpoint in another form."""
+        conversions = [make() for make in CONVERSIONS]
+        for conversion in conversions:
+            for operation in conversion.operations:
+                operation.of_hf_prune = True
+        return conversions
 
     def is_serializable(self) -> bool:
         """A pruned model can be saved again."""
@@ -83,6 +96,17 @@ class HfPruneQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """A pruned model can be compiled."""
         return True
+
+
+def _forget_conversions(model: PreTrainedModel) -> None:
+    """Let the model be saved again as it is: transformers would undo what it did while loading."""
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        model._weight_conversions = [  # type: ignore[assignment]  # transformers' own attribute
+            item
+            for item in known
+            if not any(hasattr(op, "of_hf_prune") for op in getattr(item, "operations", ()))
+        ]
 
 
 def register() -> None:

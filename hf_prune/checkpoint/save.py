@@ -2,13 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_prune.checkpoint.bitmask import pack_folder
 from hf_prune.checkpoint.folder import staged_folder
 from hf_prune.checkpoint.manifest import write_manifest
 from hf_prune.checkpoint.standalone import write_standalone
+from hf_prune.errors import CheckpointError
 from hf_prune.statistics.score import check_weights
+
+Storage = Literal["dense", "bitmask"]
 
 
 def write_model(
@@ -17,19 +22,30 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     standalone: bool = False,
-) -> None:
+    storage: Storage = "dense",
+) -> dict[str, int]:
     """Write model, tokenizer and manifest into a folder, whoever makes that atomic.
+
+    Returns:
+        With bitmask storage `bytes_dense` and `bytes_stored`; else nothing.
 
     Raises:
         NumericsError: when a weight is not finite.
+        CheckpointError: for a standalone model in bitmask storage, which needs hf_prune to load.
     """
+    if standalone and storage == "bitmask":
+        raise CheckpointError(
+            "bitmask storage is read by hf_prune: a standalone model needs storage='dense'."
+        )
     check_weights(model)
     model.save_pretrained(folder)
+    sizes = pack_folder(folder, model) if storage == "bitmask" else {}
     if standalone:
         write_standalone(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_manifest(folder)
+    return sizes
 
 
 def save_model(
@@ -40,7 +56,8 @@ def save_model(
     overwrite: bool = False,
     extra: Mapping[str, str] | None = None,
     standalone: bool = False,
-) -> None:
+    storage: Storage = "dense",
+) -> dict[str, int]:
     """Save a model so that anyone loads it with plain `from_pretrained` after `import hf_prune`.
 
     Args:
@@ -51,6 +68,11 @@ def save_model(
         extra: more text files, by name.
         standalone: save a module beside the weights, so that the model also loads without hf_prune,
             by `trust_remote_code=True`.
+        storage: `dense`, or `bitmask`: of matrices with many zeros only the other values, and one
+            bit for each entry.
+
+    Returns:
+        With bitmask storage the bytes of the weight files, `bytes_dense` and `bytes_stored`.
 
     Raises:
         OutputExistsError: when `out` exists and `overwrite` is off: nothing was written.
@@ -60,4 +82,4 @@ def save_model(
     with staged_folder(Path(out), overwrite=overwrite) as stage:
         for name, text in (extra or {}).items():
             (stage / name).write_text(text, encoding="utf-8")
-        write_model(model, stage, tokenizer, standalone=standalone)
+        return write_model(model, stage, tokenizer, standalone=standalone, storage=storage)

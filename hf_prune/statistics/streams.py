@@ -58,7 +58,7 @@ def both_in_eval(first: nn.Module, second: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Call]]]:
+def recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Call]]]:
     """What each of the layers is called with while the model runs."""
     record: dict[str, tuple[Tensor, Call]] = {}
     handles: list[RemovableHandle] = []
@@ -97,7 +97,7 @@ def start_streams(
     streams = []
     for batch in batches:
         batch = to_device(batch, dense.device)
-        with _recorded(base_model(dense), layers) as record:
+        with recorded(base_model(dense), layers) as record:
             dense(**forward_kwargs(dense, batch, labels=False))
         first = record[layers[0]][0]
         calls = {name: call for name, (_, call) in record.items()}

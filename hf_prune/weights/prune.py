@@ -7,7 +7,8 @@ run from its input as far as the matrices in question.
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,16 @@ class Pruned:
     errors: dict[str, float] = field(default_factory=dict)
     resumed: list[str] = field(default_factory=list)
     """Layers that an earlier run had finished."""
+
+
+@dataclass
+class Job:
+    """One walk: what it is told, and what it has done so far."""
+
+    removed: Removed
+    options: Options
+    progress: Progress | None = None
+    result: Pruned = field(default_factory=Pruned)
 
 
 def _prune_without_data(matrices: Sequence[Matrix], removed: Removed, options: Options) -> Pruned:
@@ -156,7 +167,7 @@ def _prune_layer(
     layer: _Layer,
     sites: Sequence[Site],
     matrices: Sequence[Matrix],
-    job: "Job",
+    job: Job,
 ) -> None:
     """Prune one layer, or take what an earlier run made of it; then move the streams on."""
     block: Block | None = None
@@ -179,43 +190,53 @@ def _prune_layer(
     logger.info("%s: %d matrices pruned", layer.name, len(matrices))
 
 
-@dataclass
-class Job:
-    """One walk: what it is told, and what it has done so far."""
-
-    removed: Removed
-    options: Options
-    progress: Progress | None = None
-    result: Pruned = field(default_factory=Pruned)
+Around = Callable[[str], AbstractContextManager[None]]
+"""What happens around each layer, by its name in the model: its weights come, and go again."""
 
 
-def _prune_layers(
+def prune_layers(
     model: PreTrainedModel,
-    dense: PreTrainedModel,
     layers: Mapping[str, list[Site]],
     matrices: Sequence[Matrix],
-    batches: Sequence[Batch],
+    streams: list[Stream],
     job: Job,
+    around: Around | None = None,
 ) -> None:
-    """All matrices that lie in the layers of one stack.
+    """Prune all matrices that lie in the layers of one stack, one layer after the other.
 
-    `dense` is the model itself, as long as nothing that comes before the layers was pruned.
+    Args:
+        model: in eval mode; its layers are changed in place.
+        layers: the sites of each layer, by its name in the base model, as they run.
+        matrices: of any part of the model.
+        streams: what enters the first layer; moved behind the last one.
+        job: what to do, and where results go.
+        around: entered for each layer.
     """
     base = base_model(model)
     names = {id(module): name for name, module in model.named_modules()}
-    streams = start_streams(dense, dense, batches, list(layers))
-    if dense is not model:
-        for stream, other in zip(
-            streams, start_streams(model, model, batches, list(layers)), strict=True
-        ):
-            stream.pruned = other.pruned
     for call, sites in layers.items():
         pruned = base.get_submodule(call)
         name = names[id(pruned)]
         here = [m for m in matrices if m.name.startswith(f"{name}.")]
-        outputs = [stream.dense for stream in streams]
-        layer = _Layer(name, call, copy.deepcopy(pruned), pruned, streams, outputs)
-        _prune_layer(model, layer, sites, here, job)
+        with around(name) if around is not None else nullcontext():
+            outputs = [stream.dense for stream in streams]
+            layer = _Layer(name, call, copy.deepcopy(pruned), pruned, streams, outputs)
+            _prune_layer(model, layer, sites, here, job)
+
+
+def _start(
+    model: PreTrainedModel, dense: PreTrainedModel, batches: Sequence[Batch], layers: Sequence[str]
+) -> list[Stream]:
+    """What enters the first layer of both networks.
+
+    `dense` is the model itself, as long as nothing that comes before the layers was pruned.
+    """
+    streams = start_streams(dense, dense, batches, layers)
+    if dense is not model:
+        others = start_streams(model, model, batches, layers)
+        for stream, other in zip(streams, others, strict=True):
+            stream.pruned = other.pruned
+    return streams
 
 
 def _prune_whole(
@@ -307,7 +328,8 @@ def _prune_with_data(
             _prune_whole(model, dense, outside, batches, job)
         if stack:
             assert isinstance(model, PreTrainedModel) and isinstance(dense, PreTrainedModel)  # noqa: S101, PT018  # a known family
-            _prune_layers(model, dense, stack, matrices, batches, job)  # type: ignore[arg-type]  # transformers take mappings
+            streams = _start(model, dense, batches, list(stack))  # type: ignore[arg-type]  # transformers take mappings
+            prune_layers(model, stack, matrices, streams, job)
 
 
 def _in_order(

@@ -1,6 +1,6 @@
 """One stage of single weights, as a recipe says it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,21 @@ def _pattern(model: nn.Module, stage: Prune) -> Pattern:
     return parse_pattern(stage.single.pattern, rows=rank == "row" or (rank == "auto" and generates))
 
 
+def options_of(model: nn.Module, stage: Prune, seed: int, scores: Mapping[str, Tensor]) -> Options:
+    """How a stage prunes every matrix of a model."""
+    return Options(
+        criterion=stage.criterion,
+        pattern=_pattern(model, stage),
+        dense_target=stage.single.dense_target,
+        refit_steps=stage.single.refit_steps if stage.reconstruct else 0,
+        ridge=stage.ridge,
+        iterations=stage.single.iterations,
+        penalty=stage.single.penalty,
+        seed=seed,
+        scores=scores,
+    )
+
+
 def find_stage(model: nn.Module, stage: Prune) -> list[Matrix]:
     """The matrices that a stage prunes.
 
@@ -96,21 +111,10 @@ def prune_stage_(
     check_weight_stage(stage)
     matrices = find_stage(model, stage)
     _check_finite(matrices)
-    pattern = _pattern(model, stage)
     scores: dict[str, Tensor] = {}
     if stage.criterion in GRADIENTS:
         scores = gradient_scores(model, matrices, batches, stage.criterion, seed)
-    options = Options(
-        criterion=stage.criterion,
-        pattern=pattern,
-        dense_target=stage.single.dense_target,
-        refit_steps=stage.single.refit_steps if stage.reconstruct else 0,
-        ridge=stage.ridge,
-        iterations=stage.single.iterations,
-        penalty=stage.single.penalty,
-        seed=seed,
-        scores=scores,
-    )
+    options = options_of(model, stage, seed, scores)
     removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
     result = prune_weights_(model, matrices, removed, options, batches)
     total = sum(mask.numel() for mask in result.masks.values())
@@ -118,8 +122,8 @@ def prune_stage_(
     entry = {
         "kind": "weights",
         "criterion": stage.criterion,
-        "pattern": str(pattern),
-        "ranked_by": "row" if pattern.rows else "matrix",
+        "pattern": str(options.pattern),
+        "ranked_by": "row" if options.pattern.rows else "matrix",
         "total": total,
         "removed": gone,
         "sparsity": gone / total,

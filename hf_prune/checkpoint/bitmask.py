@@ -1,0 +1,164 @@
+"""Bitmask storage: of a sparse matrix only what is not zero, and one bit for each entry.
+
+A saved folder is rewritten after transformers has written it, and read back through a weight
+conversion that the loader hook registers, so that plain `from_pretrained` gives ordinary dense
+weights, bit for bit. Which entries are stored is read off the bits themselves, so that a negative
+zero survives as well.
+"""
+
+import json
+import math
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from hf_prune.checkpoint.hook import CONVERSIONS
+from hf_prune.errors import CheckpointError
+from hf_prune.surgery.shapes import get_shapes
+
+VALUES, MASK = "hf_prune_values", "hf_prune_mask"
+"""What follows the name of a weight that is stored in two parts."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries that are not zero, in order, and a mask of one bit each.
+
+    Args:
+        weight: any shape and floating dtype, on the CPU.
+
+    Returns:
+        `[kept]` in the dtype of `weight`, and `[ceil(numel / 8)]` uint8, first entry in the highest
+        bit.
+    """
+    flat = weight.detach().contiguous().flatten()
+    kept = flat.view(_BITS[flat.element_size()]) != 0
+    return flat[kept].clone(), torch.from_numpy(np.packbits(kept.numpy()))
+
+
+def unpack(values: Tensor, mask: Tensor, shape: tuple[int, ...], name: str = "a weight") -> Tensor:
+    """The dense weight that `pack` was given.
+
+    Raises:
+        CheckpointError: when the parts do not fit each other or the shape; before any allocation.
+    """
+    count = math.prod(shape)
+    if mask.dtype != torch.uint8 or mask.ndim != 1 or mask.numel() != -(-count // 8):
+        raise CheckpointError(
+            f"{name}: its mask has shape {list(mask.shape)} and type {mask.dtype}; a weight of "
+            f"shape {list(shape)} needs {-(-count // 8)} bytes."
+        )
+    bits = torch.from_numpy(np.unpackbits(mask.cpu().numpy(), count=count)).bool()
+    if values.ndim != 1 or not values.is_floating_point() or values.numel() != int(bits.sum()):
+        raise CheckpointError(
+            f"{name}: its mask keeps {int(bits.sum())} entries, and {list(values.shape)} values of "
+            f"type {values.dtype} are stored."
+        )
+    flat = torch.zeros(count, dtype=values.dtype, device=values.device)
+    flat[bits.to(values.device)] = values
+    return flat.view(shape)
+
+
+class Unpack(ConversionOps):
+    """Makes a dense weight of its two parts while transformers loads them."""
+
+    hf_quantizer = True
+    """transformers then leaves the types of both parts alone."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        """One dense weight under its full name, in the dtype of the parameter."""
+        full_layer_name: str = kwargs["full_layer_name"]
+        model: nn.Module = kwargs["model"]
+        parts = {}
+        for pattern, tensors in input_dict.items():
+            end = VALUES if VALUES in pattern else MASK
+            parts[end] = tensors[0] if isinstance(tensors, list) else tensors
+        if set(parts) != {VALUES, MASK}:
+            raise CheckpointError(f"{full_layer_name} has only {', '.join(sorted(parts))}.")
+        parameter = model.get_parameter(full_layer_name)
+        dense = unpack(parts[VALUES], parts[MASK], tuple(parameter.shape), full_layer_name)
+        return {full_layer_name: [dense.to(parameter.dtype)]}
+
+
+def _conversion() -> WeightConverter:
+    return WeightConverter(
+        [rf"weight\.{VALUES}$", rf"weight\.{MASK}$"], "weight", operations=[Unpack()]
+    )
+
+
+def register_bitmask() -> None:
+    """Make the loader read bitmask storage. Done once, when hf_prune is imported."""
+    if _conversion not in CONVERSIONS:
+        CONVERSIONS.append(_conversion)
+
+
+def _smaller(weight: Tensor) -> bool:
+    """Whether two parts take less room than one."""
+    zeros = int((weight.contiguous().view(_BITS[weight.element_size()]) == 0).sum())
+    return zeros * weight.element_size() > -(-weight.numel() // 8)
+
+
+def _pack_file(path: Path, names: Container[str]) -> tuple[dict[str, str], int, int]:
+    """Rewrite one file; where tensors are now, by name, and bytes before and after."""
+    tensors: dict[str, Tensor] = {}
+    before = path.stat().st_size
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata() or {"format": "pt"}
+        for name in file.keys():  # noqa: SIM118  # no dict
+            tensor = file.get_tensor(name)
+            plain = name.endswith(".weight") and name in names and tensor.is_floating_point()
+            if plain and _smaller(tensor):
+                tensors[f"{name}.{VALUES}"], tensors[f"{name}.{MASK}"] = pack(tensor)
+            else:
+                tensors[name] = tensor
+    mode = path.stat().st_mode
+    part = path.with_suffix(".part")
+    save_file(tensors, part, notes)
+    part.chmod(mode)
+    part.replace(path)
+    return dict.fromkeys(tensors, path.name), before, path.stat().st_size
+
+
+def pack_folder(folder: Path, model: PreTrainedModel) -> dict[str, int]:
+    """Rewrite the weights of a saved model, and let its config name the loader.
+
+    Args:
+        folder: written by `save_pretrained`, not yet in its final place.
+        model: the one that was saved. It is not changed. Matrices that transformers saves under
+            other names than the model's own stay dense.
+
+    Returns:
+        `bytes_dense` and `bytes_stored`: sizes of all weight files, before and after.
+    """
+    where: dict[str, str] = {}
+    matrices = {name for name, value in model.state_dict().items() if value.ndim == 2}
+    sizes = {"bytes_dense": 0, "bytes_stored": 0}
+    for path in sorted(folder.glob("*.safetensors")):
+        found, before, after = _pack_file(path, matrices)
+        where |= found
+        sizes["bytes_dense"] += before
+        sizes["bytes_stored"] += after
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        data = json.loads(index.read_text(encoding="utf-8"))
+        data["weight_map"] = dict(sorted(where.items()))
+        index.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    config = folder / "config.json"
+    data = json.loads(config.read_text(encoding="utf-8"))
+    data["quantization_config"] = get_shapes(model)
+    config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return sizes

@@ -1,0 +1,138 @@
+"""From disk to disk, layer by layer: the same weights as in memory, whole or not at all."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_prune import ondisk, verify
+from hf_prune.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hf_prune.ondisk import prune_folder
+from hf_prune.recipe import Prune
+from hf_prune.weights import prune as room
+from hf_prune.weights.stage import prune_stage_
+
+
+def stage(**fields):
+    told = {"sparsity": 0.5, "ignore": ("lm_head*", "embed_out*"), **fields}
+    return Prune(units=("weights",), min_calibration_samples=1, **told)
+
+
+def saved(model, folder, **kwargs):
+    model.save_pretrained(folder, **kwargs)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_the_same_as_in_memory(name, shards, tiny, inputs_for, tmp_path):
+    model, batches = tiny(name), [inputs_for(name, seed) for seed in range(2)]
+    told = stage(criterion="wanda", reconstruct=False)
+    source = saved(model, tmp_path / "dense", max_shard_size=shards)
+    figures = prune_folder(source, tmp_path / "out", told, batches)
+    prune_stage_(model, told, batches, 0)
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in info if key.endswith("_keys"))
+    for (key, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-3, msg=key)
+        assert torch.equal(theirs == 0, ours == 0), key
+    assert figures["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert verify(tmp_path / "out")
+
+
+def test_types_on_disk_stay(tiny, inputs_for, tmp_path):
+    source = saved(tiny("llama").to(torch.bfloat16), tmp_path / "dense")
+    prune_folder(source, tmp_path / "out", stage(), [inputs_for("llama")])
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == 3, "two layers and the rest"
+    tensors = {key: value for file in files for key, value in load_file(file).items()}
+    assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
+    weight = tensors["model.layers.0.mlp.up_proj.weight"]
+    assert int((weight == 0).sum()) == weight.numel() // 2
+
+
+def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
+    model, batches = tiny("llama"), [inputs_for("llama")]
+    source = saved(model, tmp_path / "dense")
+    prune_folder(source, tmp_path / "whole", stage(), batches)
+    real, done = room.prune_block, []
+
+    def dies(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(room, "prune_block", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, tmp_path / "out", stage(), batches, progress=tmp_path / "state")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(room, "prune_block", real)
+    told = {"progress": tmp_path / "state"}
+    figures = prune_folder(source, tmp_path / "out", stage(), batches, **told)
+    assert figures["resumed"] == ["model.layers.0"]
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        ours, theirs = load_file(tmp_path / "out" / file.name), load_file(file)
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=1e-4, msg=key)
+    with pytest.raises(CheckpointError, match="is from a run with another model, recipe or data"):
+        prune_folder(source, tmp_path / "new", stage(sparsity=0.6), batches, **told)
+
+
+def test_one_layer_at_a_time(tiny, inputs_for, tmp_path, monkeypatch):
+    """While a layer is pruned, no other layer has memory."""
+    source = saved(tiny("llama"), tmp_path / "dense")
+    walk, seen = room.prune_layers, []
+
+    def watches(model, layers, matrices, streams, job, around):
+        def inner(name):
+            seen.append(name)
+            with around(name):
+                real = [n for n, p in model.named_parameters() if not p.is_meta]
+                real_layers = {n.split(".")[2] for n in real if ".layers." in n}
+                assert real_layers == {name.split(".")[2]}
+                yield
+
+        walk(model, layers, matrices, streams, job, contextlib.contextmanager(inner))
+
+    monkeypatch.setattr(ondisk, "prune_layers", watches)
+    prune_folder(source, tmp_path / "out", stage(), [inputs_for("llama")])
+    assert seen == ["model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"solver": "knapsack"}, "with solver: uniform"),
+        ({"criterion": "sensitivity"}, "needs no gradient"),
+    ],
+)
+def test_what_needs_the_whole_model(fields, message, tiny, inputs_for, tmp_path):
+    source = saved(tiny("llama"), tmp_path / "dense")
+    with pytest.raises(ConfigError, match=message):
+        prune_folder(source, tmp_path / "out", stage(**fields), [inputs_for("llama")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_not_whole(tiny, inputs_for, tmp_path):
+    source = saved(tiny("llama"), tmp_path / "dense")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has no tensor 'model\.layers\.1\.mlp\.up_proj"):
+        prune_folder(source, tmp_path / "out", stage(), [inputs_for("llama")])
+    (source / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
+        prune_folder(source, tmp_path / "out", stage(), [inputs_for("llama")])
+    (source / ondisk.INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="is not a file of this folder"):
+        prune_folder(source, tmp_path / "out", stage(), [inputs_for("llama")])
+
+
+def test_models_that_are_not_a_chain_of_layers(tiny, inputs_for, tmp_path):
+    source = saved(tiny("t5"), tmp_path / "dense")
+    with pytest.raises(UnsupportedModelError):
+        prune_folder(source, tmp_path / "out", stage(), [inputs_for("t5")])
+    assert not (tmp_path / "out").exists()
