@@ -26,9 +26,9 @@ SIZES = {"layers": 3, "hidden": 192, "heads": 6, "neurons": 768}
 """Of the student: half the depth and half the width of MiniLM-L6."""
 
 
-def _fine_tuned(model: str | None, samples: int, epochs: float, seed: int) -> Job:
-    arguments = Arguments(max_train_samples=samples, max_length=64)
-    first = Train(num_train_epochs=epochs, learning_rate=1e-4, warmup_steps=20)
+def _fine_tuned(model: str | None, samples: int, tested: int, seed: int) -> Job:
+    arguments = Arguments(max_train_samples=samples, max_eval_samples=tested, max_length=64)
+    first = Train(num_train_epochs=1.0, learning_rate=1e-4, warmup_steps=20)
     recipe = Recipe(seed=seed, stages=(first,))
     job = Job(arguments, recipe, model or packaged_model(), rotten_tomatoes(seed))
     job.train(first, None, 0)
@@ -115,6 +115,7 @@ _options = (
     click.option("--model", default=None, help="Folder of the model; default: the packaged one."),
     click.option("--samples", default=2000, show_default=True, help="Examples to learn from."),
     click.option("--epochs", default=1.0, show_default=True, help="Of every recovery."),
+    click.option("--test-samples", default=0, show_default=True, help="To measure on; 0 = all."),
     click.option("--seeds", default=1, show_default=True, help="How often all of it is done."),
 )
 
@@ -129,12 +130,18 @@ def _with_options(function: Any) -> Any:
 @_with_options
 @click.option("--sparsity", multiple=True, type=float, default=(0.5, 0.75), show_default=True)
 def methods(
-    out: str, model: str | None, samples: int, epochs: float, seeds: int, sparsity: Sequence[float]
+    out: str,
+    model: str | None,
+    samples: int,
+    epochs: float,
+    test_samples: int,
+    seeds: int,
+    sparsity: Sequence[float],
 ) -> None:
     """One-shot, gradual, movement and L0, each with and without a teacher."""
     rows = []
     for seed in range(seeds):
-        job = _fine_tuned(model, samples, 1.0, seed)
+        job = _fine_tuned(model, samples, test_samples, seed)
         dense = _figures(job, 64, 5)
         rows.append({"seed": seed, "method": "dense", **dense})
         for fraction in sparsity:
@@ -151,11 +158,13 @@ def methods(
 
 @click.command(help=__doc__)
 @_with_options
-def students(out: str, model: str | None, samples: int, epochs: float, seeds: int) -> None:
+def students(
+    out: str, model: str | None, samples: int, epochs: float, test_samples: int, seeds: int
+) -> None:
     """A TinyBERT-style student by its start, and without a teacher; equal steps."""
     rows = []
     for seed in range(seeds):
-        job = _fine_tuned(model, samples, 1.0, seed)
+        job = _fine_tuned(model, samples, test_samples, seed)
         rows.append({"seed": seed, "student": "dense", **_figures(job, 64, 5)})
         for init, taught in (
             ("teacher", True),
