@@ -15,6 +15,7 @@ from hf_prune.statistics.batches import counted_positions, main_input, token_mas
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.training.losses import distillation_loss
 from hf_prune.training.projection import Projections
+from hf_prune.training.sharded import refuse_sharded
 from hf_prune.training.state import checkpoint_of, read_state, write_state
 from hf_prune.training.taps import attach_taps, check_plain_attention, real_tokens
 from hf_prune.training.teacher import CachedLogits, check_teacher, teacher_inputs
@@ -99,6 +100,7 @@ class DistillCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the teacher to the student's loss."""
+        refuse_sharded(args, "DistillCallback")
         self._attach(kwargs["model"])
         if state is not None and state.global_step > 0:
             self._resume(checkpoint_of(args, state, self.resume_from))
