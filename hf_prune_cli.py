@@ -63,34 +63,49 @@ def validate(recipe: Path) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("source")
 @_explained
-def inspect(folder: Path) -> None:
-    """Show the widths of a pruned model, without loading its weights."""
-    from hf_prune.errors import CheckpointError
-    from hf_prune.surgery.rebuild import QUANT_METHOD, check_shapes
+def inspect(source: str) -> None:
+    """Show what was removed from a folder or a repository, without loading weights."""
+    from hf_prune.checkpoint.inspect import inspect_model
 
-    path = folder / "config.json"
-    try:
-        shapes = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if shapes.get("quant_method") != QUANT_METHOD:
-        click.echo(f"{folder}: no unit was removed.")
-        return
-    check_shapes(shapes)
-    for name, size in shapes["modules"].items():
-        click.echo(f"{name}\t[{size['out']}, {size['in']}]")
+    found = inspect_model(source)
+    share = 100 * found.parameters / found.dense_parameters
+    click.echo(
+        f"{found.architecture}: {found.parameters:,} of {found.dense_parameters:,} parameters "
+        f"({share:.1f} %)"
+    )
+    width = max((len(site.site) for site in found.sites), default=0)
+    for site in found.sites:
+        click.echo(f"{site.site:<{width}}  {site.kept:>6} of {site.units:>6} {site.kind}")
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @_explained
 def verify(folder: Path) -> None:
-    """Compare a saved model with its manifest: sizes and SHA-256."""
-    from hf_prune import verify as verify_folder
+    """Check a saved model: its manifest, shapes, numbers and ties."""
+    from hf_prune.checkpoint.inspect import check_model
 
-    click.echo(f"{len(verify_folder(folder))} files are as they were saved.")
+    for line in check_model(folder):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that exists.")
+@_explained
+def convert(source: Path, out: Path, overwrite: bool) -> None:
+    """Write what an older tool has pruned as a model that loads: really smaller.
+
+    SOURCE is a folder of transformers 4 with pruned_heads, of CoFi, of nn_pruning, or with masks of
+    torch.nn.utils.prune.
+    """
+    from hf_prune.checkpoint.convert import convert as convert_folder
+
+    for line in convert_folder(source, out, overwrite=overwrite).found:
+        click.echo(line)
 
 
 @main.command()

@@ -42,12 +42,14 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _read_table(kind, data, where)
     options = [option for option in typing.get_args(kind) if option is not type(None)]
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(data, list):
-            raise ConfigError(f"{where} is not a list.")
-        return tuple(_read(options[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if data is None and type(None) in typing.get_args(kind):
         return None
+    lists = [o for o in (kind, *options) if typing.get_origin(o) is tuple]
+    if lists:
+        items = typing.get_args(lists[0])
+        if not isinstance(data, list) or (Ellipsis not in items and len(data) != len(items)):
+            raise ConfigError(f"{where} is not a list of the right length.")
+        return tuple(_read(items[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     tables = [option for option in options if dataclasses.is_dataclass(option)]
     if tables:
         return _read_table(tables[0], data, where)

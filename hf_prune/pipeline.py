@@ -18,6 +18,7 @@ from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.dead import remove_dead_
+from hf_prune.surgery.plain import make_plain_
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
 
@@ -143,6 +144,8 @@ def compress(
             step, masks, entry = _prune_weights(pruned, stage, batches, recipe.seed, masks)
         plan = plan.then(step)
         report["pruning"].append(entry)
+    if recipe.portable:
+        make_plain_(pruned)
     report["stages"]["pruned"] = measure_stage(pruned, report["sequence_length"])
     return Result(pruned, plan, report, recipe, masks)
 

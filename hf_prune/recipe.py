@@ -231,6 +231,8 @@ class Prune(_Model):
     """Neurons that every feed-forward block keeps."""
     round_to: int = Field(default=1, ge=1)
     """Neurons kept are a multiple of this (8 or 16 suits most hardware), unless all stay."""
+    even: bool = False
+    """All layers of a stack keep the same number of heads, and of neurons."""
     ignore: tuple[str, ...] = ()
     """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone."""
     calibration_samples: int = Field(default=512, ge=1)
@@ -360,6 +362,12 @@ class Train(_Model):
     """Decay of weights (not of biases and norms)."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps until the learning rate is reached."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps, instead of `num_train_epochs`; -1: as many as these give."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches for one optimizer step."""
+    lora_rank: int = Field(default=0, ge=0)
+    """0: all weights are trained. Otherwise low-rank adapters are, and then merged; needs PEFT."""
 
 
 class Distill(Train):
@@ -450,6 +458,17 @@ class Recipe(_Model):
     standalone: bool = False
     """Save a module beside the weights: it loads without hf_prune, by `trust_remote_code=True`."""
 
+    portable: bool = False
+    """Write a plain config, which loads with no plugin at all. Needs `even: true` in each stage
+    that removes units; most configs can say a number of neurons only."""
+
+    @model_validator(mode="after")
+    def _even(self) -> "Recipe":
+        stages = [s for s in self.stages if isinstance(s, Prune) and s.structural]
+        if self.portable and not all(s.even and not s.schedule for s in stages):
+            raise ValueError("portable: true needs even: true, and no schedule, in each stage")
+        return self
+
     @model_validator(mode="after")
     def _order(self) -> "Recipe":
         if not self.stages:
@@ -461,6 +480,8 @@ class Recipe(_Model):
             if stage.structural and zeros:
                 raise ValueError("prune heads and neurons before single weights")
             zeros = zeros or not stage.structural
+            if stage.schedule and isinstance(following, Train) and following.lora_rank:
+                raise ValueError("lora_rank is for recovery, after the masks have closed")
             if stage.schedule and not isinstance(following, Train):
                 raise ValueError(
                     "a prune stage with a schedule needs a train or distill stage after it"

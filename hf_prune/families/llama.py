@@ -12,6 +12,7 @@ _ATTENTION = Attention(
     out="o_proj",
     sum="post_attention_layernorm",
     head_dim="head_dim",
+    sizes=("num_attention_heads", "num_key_value_heads"),
     empty="block",
 )
 _FFN = Ffn(
@@ -34,7 +35,20 @@ QWEN3 = Family("qwen3", (LLAMA_STACK,))
 GEMMA = Family("gemma", (LLAMA_STACK,))
 GEMMA2 = Family("gemma2", (_NORM_AFTER,))
 GEMMA3_TEXT = Family("gemma3_text", (_NORM_AFTER,))
-GEMMA3 = Family("gemma3", (replace(_NORM_AFTER, layers="language_model.layers"),))
+GEMMA3 = Family(
+    "gemma3",
+    (
+        replace(
+            _NORM_AFTER,
+            layers="language_model.layers",
+            attention=replace(_ATTENTION, sizes=None),
+            ffn=replace(
+                _FFN, sum="post_feedforward_layernorm", size="text_config.intermediate_size"
+            ),
+        ),
+    ),
+)
 SMOLLM3 = Family("smollm3", (LLAMA_STACK,))
-MIXTRAL = Family("mixtral", (replace(LLAMA_STACK, ffn=None, experts=_EXPERTS),))
+_FEW = replace(_EXPERTS, sizes=("num_local_experts", "intermediate_size"))
+MIXTRAL = Family("mixtral", (replace(LLAMA_STACK, ffn=None, experts=_FEW),))
 QWEN3_MOE = Family("qwen3_moe", (replace(LLAMA_STACK, experts=_EXPERTS),))

@@ -15,7 +15,7 @@ _ATTENTION = Attention(
     empty="block",
     counts=("num_heads",),  # read by forward to take heads apart
 )
-_FFN = Ffn(up=("fc1",), down="fc2", sum="")
+_FFN = Ffn(up=("fc1",), down="fc2", sum="", size="ffn_dim")
 _BEFORE = Stack(layers="decoder.layers", attention=_ATTENTION, ffn=_FFN)
 _AFTER = Stack(
     layers="decoder.layers",

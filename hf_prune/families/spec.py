@@ -41,6 +41,9 @@ class Attention:
     kv_counts: tuple[str, ...] = ()
     config_counts: tuple[str, ...] = ()
     """Keys of `core.config` that `forward` reads and that hold the number of query heads."""
+    sizes: tuple[str, str] | None = None
+    """Keys of the config by which it can say, for all layers alike, how many query heads and
+    key/value heads there are, without changing anything else; None = it cannot."""
     shared_bias: Literal["", "t5", "mpnet"] = ""
     """How a position bias that all layers share reaches the block. Each slices what it kept."""
     empty: Literal["", "block", "context", "t5"] = ""
@@ -61,6 +64,8 @@ class Ffn:
     """As in `Attention`."""
     path: str = ""
     counts: tuple[str, ...] = ()
+    size: str = "intermediate_size"
+    """Key of the config that says, for all layers alike, how many neurons there are."""
     packed: int = 1
     """How many matrices each of `up` holds one after the other: 2 where gate and input are one."""
 
@@ -84,6 +89,8 @@ class Experts:
     """Attributes of `path` and of `router` that hold the number of experts."""
     widths: tuple[str, ...] = ("intermediate_dim",)
     """Attributes of `path` that hold the number of neurons."""
+    sizes: tuple[str, str] = ("num_experts", "moe_intermediate_size")
+    """Keys of the config that say, for all layers alike, how many experts and neurons there are."""
     chosen: str = "top_k"
     """Attribute of `router`: how many experts each token is sent to."""
 

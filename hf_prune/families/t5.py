@@ -22,7 +22,9 @@ _ATTENTION = Attention(
 def _stacks(up: tuple[str, ...]) -> tuple[Stack, ...]:
     def ffn(place: str) -> Ffn:
         block = f"{place}.DenseReluDense"
-        return Ffn(up=tuple(f"{block}.{name}" for name in up), down=f"{block}.wo", sum="")
+        return Ffn(
+            up=tuple(f"{block}.{name}" for name in up), down=f"{block}.wo", sum="", size="d_ff"
+        )
 
     cross = replace(_ATTENTION, path="layer.1.EncDecAttention", sum="layer.2.layer_norm")
     return (

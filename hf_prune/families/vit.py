@@ -24,6 +24,7 @@ VIT = Family(
     ),
 )
 
+_CLIP_FFN = Ffn(up=("mlp.fc1",), down="mlp.fc2", sum="")
 _CLIP = Stack(
     layers="encoder.layers",
     attention=Attention(
@@ -36,14 +37,22 @@ _CLIP = Stack(
         head_dim="head_dim",
         counts=("num_heads",),
     ),
-    ffn=Ffn(up=("mlp.fc1",), down="mlp.fc2", sum=""),
+    ffn=_CLIP_FFN,
 )
 
 CLIP = Family(
     "clip",
     (
-        replace(_CLIP, layers="text_model.encoder.layers"),
-        replace(_CLIP, layers="vision_model.encoder.layers"),
+        replace(
+            _CLIP,
+            layers="text_model.encoder.layers",
+            ffn=replace(_CLIP_FFN, size="text_config.intermediate_size"),
+        ),
+        replace(
+            _CLIP,
+            layers="vision_model.encoder.layers",
+            ffn=replace(_CLIP_FFN, size="vision_config.intermediate_size"),
+        ),
     ),
 )
 CLIP_TEXT = Family("clip_text_model", (_CLIP,))

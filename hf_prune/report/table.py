@@ -24,6 +24,9 @@ def _milliseconds(value: float) -> str:
 
 _ROWS = (
     ("accuracy", "Accuracy", _percent),
+    ("exact_match", "Exact match", _percent),
+    ("f1", "F1", _percent),
+    ("perplexity", "Perplexity", lambda value: f"{value:.2f}"),
     ("parameters", "Parameters", _millions),
     ("encoder_parameters", "Encoder parameters", _millions),
     ("nonzero_parameters", "Parameters that are not zero", _millions),

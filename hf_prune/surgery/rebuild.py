@@ -344,11 +344,15 @@ def check_shapes(shapes: Mapping[str, Any]) -> None:
 def resolve(base: nn.Module, name: str) -> nn.Module:
     """The module that a description names.
 
+    Args:
+        base: the base model; or the whole model, for what is outside of its base model.
+        name: path from `base`; the `/` that begins a path outside of the base model is left out.
+
     Raises:
         CheckpointError: when there is none.
     """
     try:
-        return base.get_submodule(name)
+        return base.get_submodule(name.removeprefix("/"))
     except AttributeError as error:
         raise CheckpointError(
             f"{KEY} names {name!r}, and {type(base).__name__} has no such module."
@@ -426,21 +430,33 @@ def _check_no_heads(name: str, module: nn.Module, entry: Mapping[str, Any]) -> N
         )
 
 
-def _check_all(base: nn.Module, shapes: Mapping[str, Any]) -> None:
+def _check_all(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
     check_shapes(shapes)
-    attributes = shapes.get("attributes", {})
-    for name, entry in shapes.get("modules", {}).items():
-        _check_module(name, resolve(base, name), entry)
+    base, attributes = model.base_model, shapes.get("attributes", {})
+    for name, entry in _here(model, shapes, "modules").items():
+        _check_module(name, resolve(_root(model, name), name), entry)
     for name, entry in attributes.items():
         holder = resolve(base, name)
         for attribute, value in entry.items():
             _check_attribute(name, holder, attribute, value)
-    for name, sizes in shapes.get("parameters", {}).items():
-        _check_parameter(base, name, sizes)
+    for name, sizes in _here(model, shapes, "parameters").items():
+        _check_parameter(_root(model, name), name, sizes)
     for name, entry in shapes.get("heads", {}).items():
         _check_kept(name, resolve(base, name), entry, attributes.get(name, {}))
     for name, entry in shapes.get("empty", {}).items():
         _check_no_heads(name, resolve(base, name), entry)
+
+
+def _root(model: PreTrainedModel, name: str) -> nn.Module:
+    """What a path begins at: the whole model for `/classifier`, else the base model."""
+    return model if name.startswith("/") else model.base_model
+
+
+def _here(model: PreTrainedModel, shapes: Mapping[str, Any], table: str) -> dict[str, Any]:
+    """The entries of a table, without those of a task head that this model does not have."""
+    alone = model.base_model is model
+    entries = shapes.get(table, {}).items()
+    return {name: entry for name, entry in entries if not (alone and name.startswith("/"))}
 
 
 def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
@@ -451,16 +467,17 @@ def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: naming the key that is wrong.
     """
+    _check_all(model, shapes)
     base = model.base_model
-    _check_all(base, shapes)
-    for name, entry in shapes.get("modules", {}).items():
-        _resize_(base.get_submodule(name), entry["out"], entry["in"])
-    for name, sizes in shapes.get("parameters", {}).items():
+    for name, entry in _here(model, shapes, "modules").items():
+        _resize_(resolve(_root(model, name), name), entry["out"], entry["in"])
+    for name, sizes in _here(model, shapes, "parameters").items():
         path, _, last = name.rpartition(".")
-        module = base.get_submodule(path)
+        module = resolve(_root(model, name), path)
         old = module._parameters[last]
         assert old is not None  # noqa: S101  # checked
         setattr(module, last, nn.Parameter(old.new_empty(sizes), requires_grad=old.requires_grad))
+        update_sizes_(module)
     for name, entry in shapes.get("attributes", {}).items():
         for attribute, value in entry.items():
             set_attribute_(base.get_submodule(name), attribute, value)
@@ -478,6 +495,10 @@ def update_sizes_(module: nn.Module) -> None:
             module.__class__ = NoInputs
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = _sizes(module)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
 
 
 def _resize_(module: nn.Module, out: int, inputs: int) -> None:

@@ -29,7 +29,7 @@ class Changes:
     """What a removal has changed, by module path from the base model."""
 
     modules: set[str] = field(default_factory=set)
-    """`Linear` and `Conv1D` layers that were resized."""
+    """`Linear` and `Conv1D` layers that were resized. `/` begins a path outside the base model."""
     parameters: set[str] = field(default_factory=set)
     """Other parameters that were resized."""
     attributes: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
@@ -81,12 +81,15 @@ def record_shapes_(model: PreTrainedModel, changes: Changes) -> None:
     base = base_model(model)
     shapes = get_shapes(model)
     for name in sorted(changes.modules):
-        out, inputs = logical_weight(resolve(base, name)).shape
+        root = model if name.startswith("/") else base
+        out, inputs = logical_weight(resolve(root, name)).shape
         shapes["modules"][name] = {"out": int(out), "in": int(inputs)}
     for name, values in changes.attributes.items():
         shapes["attributes"].setdefault(name, {}).update(values)
     for name in sorted(changes.parameters):
-        shapes.setdefault("parameters", {})[name] = list(base.get_parameter(name).shape)
+        root = model if name.startswith("/") else base
+        sizes = list(root.get_parameter(name.removeprefix("/")).shape)
+        shapes.setdefault("parameters", {})[name] = sizes
     for name, entry in changes.heads.items():
         shapes.setdefault("heads", {})[name] = entry
     for name, entry in changes.empty.items():

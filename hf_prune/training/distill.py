@@ -36,6 +36,17 @@ def distill_fields(stage: Distill) -> dict[str, Any]:
     return stage.model_dump(exclude={*Train.model_fields, "teacher", "teacher_logits"})
 
 
+def distribution(output: Any) -> Tensor:
+    """The logits of a model, `[B, C]` or `[B, T, C]`.
+
+    Where it answers questions, start and end are two distributions over tokens: `[2 * B, T]`.
+    """
+    if output.get("logits") is not None:
+        logits: Tensor = output["logits"]
+        return logits
+    return torch.cat([output["start_logits"], output["end_logits"]])
+
+
 def honours_items(model: PreTrainedModel) -> bool:
     """Whether the model's loss is a sum over tokens divided by `num_items_in_batch`.
 
@@ -184,8 +195,7 @@ class DistillCallback(TrainerCallback):
             if isinstance(self.teacher, CachedLogits):
                 mask = token_mask(student, kwargs)
                 return self.teacher(main_input(student, kwargs), mask, like)
-            logits: Tensor = self.teacher(*args, **teacher_inputs(kwargs)).logits
-            return logits
+            return distribution(self.teacher(*args, **teacher_inputs(kwargs)))
 
     def _add_loss(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -193,24 +203,23 @@ class DistillCallback(TrainerCallback):
         if not module.training or (output.get("loss") is None and self.alpha < 1):
             return output
         labels = kwargs.get("labels")
-        teacher = self._teacher_logits(module, args, kwargs, output.logits)
+        logits = distribution(output)
+        teacher = self._teacher_logits(module, args, kwargs, logits)
         items = kwargs.get("num_items_in_batch") if honours_items(module) else None
         counted = None
-        if output.logits.ndim == 3:
+        if logits.ndim == 3:
             counted = (
                 counted_positions(module, labels)
                 if labels is not None
-                else real_tokens(kwargs, output.logits)
+                else real_tokens(kwargs, logits)
             )
         terms = {}
         stage = self.stage
         if stage.logits:
-            terms["logits"] = distillation_loss(
-                output.logits, teacher, stage.temperature, counted, items
-            )
+            terms["logits"] = distillation_loss(logits, teacher, stage.temperature, counted, items)
         if self.inner is not None:
             share = 1.0 if items is None or counted is None else counted.sum() / items
-            mask = real_tokens(kwargs, output.logits if output.logits.ndim == 3 else self._like())
+            mask = real_tokens(kwargs, self._like())
             terms |= {name: value * share for name, value in self.inner(mask).items()}
             self.inner.student.clear()
             self.inner.teacher.clear()
@@ -227,7 +236,7 @@ class DistillCallback(TrainerCallback):
         """Put the mixed loss into the output, and note its parts."""
         weighted = [getattr(self.stage, name) * value for name, value in terms.items()]
         # Without labels nothing else reaches the logits, and DDP waits for every gradient.
-        labels = output.logits.sum() * 0.0 if output.get("loss") is None else output.loss
+        labels = distribution(output).sum() * 0.0 if output.get("loss") is None else output.loss
         distilled = torch.stack(weighted).sum() if weighted else labels * 0.0
         output["loss"] = (1 - self.alpha) * labels + self.alpha * distilled
         for name, value in {**terms, "labels": labels}.items():

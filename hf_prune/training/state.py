@@ -107,7 +107,7 @@ def read_state(checkpoint: Path, part: str) -> tuple[dict[str, Any], dict[str, T
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path, *, plain: bool) -> bool:
     states = sorted((checkpoint / FOLDER).glob("*.json"))
     try:
         for path in states:
@@ -118,13 +118,17 @@ def _is_complete(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
-    return bool(states)
+    return plain or bool(states)
 
 
-def last_checkpoint(output_dir: "str | os.PathLike[str]") -> str | None:
+def last_checkpoint(output_dir: "str | os.PathLike[str]", *, plain: bool = False) -> str | None:
     """The newest complete checkpoint of a training with our callbacks, or None.
 
     Torn ones, which the Trainer would take and fail on, are passed over.
+
+    Args:
+        output_dir: of the training.
+        plain: accept checkpoints without a state of ours too.
     """
     folders = [
         (int(path.name.rpartition("-")[2]), path)
@@ -132,7 +136,7 @@ def last_checkpoint(output_dir: "str | os.PathLike[str]") -> str | None:
         if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
     ]
     for _, path in sorted(folders, reverse=True):
-        if _is_complete(path):
+        if _is_complete(path, plain=plain):
             return str(path)
     return None
 

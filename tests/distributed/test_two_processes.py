@@ -1,5 +1,6 @@
 """Two CPU processes: the plan of one process, and the same weights on both."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -8,9 +9,15 @@ import pytest
 import torch
 from accelerate import PartialState, debug_launcher
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from hf_prune import PruneCallback, compress
+from hf_prune import DistillCallback, PruneCallback, compress, last_checkpoint, prepare_trainer
 
 
 def model():
@@ -91,3 +98,96 @@ def test_two_processes_agree_with_one(tmp_path):
     for name in ("one_shot", "gradual"):
         assert first[name] == alone[name]
     assert first["one_shot_weights"] == pytest.approx(alone["one_shot_weights"], rel=1e-4)
+
+
+LEARNED = {
+    "stages": [
+        {
+            "stage": "prune",
+            "criterion": "taylor",
+            "solver": "global",
+            "sparsity": 0.5,
+            "masks": "l0",
+            "schedule": {"every": 1, "kind": "linear", "end": 0.8},
+        },
+        {"stage": "train"},
+    ]
+}
+REGROW = {
+    "stages": [
+        {**GRADUAL["stages"][0], "schedule": {"every": 2, "regrow": True}},
+        {"stage": "train"},
+    ]
+}
+
+
+class Stop(TrainerCallback):
+    """Breaks off on all processes at once, as a killed job is."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise InterruptedError
+
+
+def teach(folder, name, recipe, *more, resume=None):
+    """One training with pruning and a teacher; what it ended with."""
+    world = PartialState().num_processes
+    ids, labels = data()
+    student, teacher = model(), model()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    pruning = PruneCallback(recipe)
+    teaching = DistillCallback(teacher, alpha=0.5, hidden=0.5, relations=1.0, layers="ordered")
+    arguments = TrainingArguments(
+        f"{folder}/{name}-{world}",
+        per_device_train_batch_size=16 // world,
+        max_steps=8,
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    callbacks = [pruning, teaching, *more]
+    trainer = Trainer(student, arguments, train_dataset=rows, callbacks=callbacks)
+    prepare_trainer(trainer).train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"plan": pruning.plan.fingerprint(), "weights": checksum(student), "losses": losses}
+
+
+def learned_job(folder):
+    """What each process does; the figures go to a file of its own."""
+    state = PartialState(cpu=True)
+    found = {"world": state.num_processes}
+    found["learned"] = teach(folder, "learned", LEARNED)
+    found["regrow"] = teach(folder, "regrow", REGROW)
+    with contextlib.suppress(InterruptedError):
+        teach(folder, "killed", LEARNED, Stop())
+    state.wait_for_everyone()
+    checkpoint = last_checkpoint(f"{folder}/killed-{state.num_processes}")
+    found["checkpoint"] = checkpoint.rpartition("-")[2]
+    found["resumed"] = teach(folder, "killed", LEARNED, resume=checkpoint)
+    path = Path(folder) / f"learned-{state.num_processes}-{state.process_index}.json"
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="debug_launcher forks")
+def test_learning_resuming_and_losses_on_two_processes(tmp_path):
+    debug_launcher(learned_job, args=(str(tmp_path),), num_processes=2)
+    debug_launcher(learned_job, args=(str(tmp_path),), num_processes=1)
+    names = ("learned-2-0", "learned-2-1", "learned-1-0")
+    first, second, alone = (json.loads((tmp_path / f"{n}.json").read_text()) for n in names)
+    assert first["world"] == second["world"] == 2
+    assert alone["world"] == 1
+    assert first == second, "both ranks have the same plans, weights and losses"
+    assert first["checkpoint"] == "4"
+    for found in (first, alone):
+        assert found["resumed"]["plan"] == found["learned"]["plan"]
+        assert found["resumed"]["weights"] == found["learned"]["weights"], "bit by bit"
+    for name in ("learned", "regrow"):
+        assert first[name]["plan"] == alone[name]["plan"]
+        assert first[name]["losses"] == pytest.approx(alone[name]["losses"], rel=1e-2)

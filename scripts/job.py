@@ -1,0 +1,460 @@
+"""One run of a script: data, models, the stages of a recipe, and the figures so far."""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate as hf_evaluate
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, load_dataset
+from packaged import strip_quantizer
+from tasks import TASKS, Columns, Task, file_data
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_prune import (
+    DistillCallback,
+    KeepZeros,
+    PruneCallback,
+    Recipe,
+    Result,
+    compress,
+    last_checkpoint,
+    make_student,
+    prepare_trainer,
+)
+from hf_prune.errors import DataError
+from hf_prune.measure.latency import compare_latency
+from hf_prune.plan import Plan
+from hf_prune.recipe import Distill, Prune, Student, Train
+from hf_prune.report.result import measure_stage, new_report
+from hf_prune.training.distill import distill_fields
+from hf_prune.training.lora import add_lora, merge_lora
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+NOT_FOR_THE_TRAINER = {"stage", "lora_rank"}
+"""Fields of a train stage that are not arguments of a Trainer."""
+
+
+@dataclass
+class Arguments:
+    """What to prune, on what, and where to put it."""
+
+    recipe: str = field(default="", metadata={"help": "YAML file with the stages."})
+    task: str = field(default="text-classification", metadata={"help": ", ".join(sorted(TASKS))})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub name or folder; default: the packaged model."}
+    )
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in that folder."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name or folder; default: the packaged data."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Instead: a file of text, CoNLL, CSV or JSON."}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "The same, to measure on."})
+    text_column: str | None = field(default=None, metadata={"help": "Column with the text."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with the answer."})
+    train_split: str = field(default="train", metadata={"help": "Split to learn from."})
+    eval_split: str = field(default="test", metadata={"help": "Split to measure on."})
+    max_train_samples: int | None = field(
+        default=6000, metadata={"help": "Random part of the training split; 0 = all of it."}
+    )
+    max_eval_samples: int | None = field(default=0, metadata={"help": "The same for measuring."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text at most."})
+    metric: str | None = field(
+        default=None, metadata={"help": "A further metric of the `evaluate` library, for texts."}
+    )
+    output_dir: str = field(default="runs/prune", metadata={"help": "Where results go."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output folder."})
+    save_steps: int = field(
+        default=0, metadata={"help": "Steps between checkpoints, beside the output; 0 = none."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest complete checkpoints."}
+    )
+    report_to: str = field(default="none", metadata={"help": "Tracker of the Trainer."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Examples at once, measuring."})
+    latency_batch_size: int = field(default=32, metadata={"help": "Sequences at once, timing."})
+    latency_tokens: int = field(default=64, metadata={"help": "Tokens of each, timing."})
+    latency_rounds: int = field(default=15, metadata={"help": "Rounds over all models."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Repository (user/name) to push the complete result to."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+
+
+def columns_of(arguments: Arguments, task: Task) -> Columns:
+    """The columns to read: those named, or those of the task."""
+    return Columns(
+        arguments.text_column or task.columns.text, arguments.label_column or task.columns.label
+    )
+
+
+def read_data(arguments: Arguments, packaged: DatasetDict | None) -> DatasetDict:
+    """The dataset that the arguments name, or the packaged one.
+
+    Raises:
+        DataError: when nothing is named and nothing is packaged for the task.
+    """
+    if arguments.train_file or arguments.eval_file:
+        files = {"train": arguments.train_file, "test": arguments.eval_file}
+        if not all(files.values()):
+            raise DataError("name both files: --train_file and --eval_file.")
+        return file_data(arguments.task, {k: str(v) for k, v in files.items()})
+    if arguments.dataset_name is not None:
+        return load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+    if packaged is None:
+        raise DataError(
+            f"no data is packaged for {arguments.task}: name it with --train_file and --eval_file, "
+            "or --dataset_name."
+        )
+    return packaged
+
+
+def load_data(
+    arguments: Arguments, task: Task, seed: int, packaged: DatasetDict | None
+) -> DatasetDict:
+    """Train and test data, cut to size.
+
+    Raises:
+        DataError: naming a split or column that is not there.
+    """
+    data = read_data(arguments, packaged)
+    columns = columns_of(arguments, task)
+    local = arguments.train_file is not None
+    splits = ("train", "test") if local else (arguments.train_split, arguments.eval_split)
+    parts = {}
+    for part, split in zip(("train", "test"), splits, strict=True):
+        if split not in data:
+            raise DataError(f"the dataset has no split {split!r}; it has {', '.join(data)}.")
+        rows = data[split]
+        for column in (columns.text, columns.label):
+            if column not in rows.column_names:
+                raise DataError(f"no column {column!r}; there are {', '.join(rows.column_names)}.")
+        parts[part] = rows
+    return DatasetDict(parts)
+
+
+def cut(data: DatasetDict, arguments: Arguments, seed: int) -> DatasetDict:
+    """A random part of each split, as large as the arguments say."""
+    most = {"train": arguments.max_train_samples, "test": arguments.max_eval_samples}
+    parts = {}
+    for part, rows in data.items():
+        size = most[part] or len(rows)
+        parts[part] = rows.shuffle(seed=seed).select(range(size)) if size < len(rows) else rows
+    return DatasetDict(parts)
+
+
+class Job:
+    """One run: its data, its models, and the figures so far.
+
+    Args:
+        arguments: what to prune, on what.
+        recipe: the stages.
+        source: Hub name or folder of the model.
+        packaged: data that is used if the arguments name none.
+    """
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        recipe: Recipe,
+        source: str,
+        packaged: DatasetDict | None = None,
+    ) -> None:
+        self.arguments, self.recipe = arguments, recipe
+        if arguments.task not in TASKS:
+            raise DataError(f"no task {arguments.task!r}; there are {', '.join(sorted(TASKS))}.")
+        self.task = TASKS[arguments.task]
+        self.columns = columns_of(arguments, self.task)
+        data = load_data(arguments, self.task, recipe.seed, packaged)
+        self.names = self.task.classes(data, self.columns)
+        blocks = self.task.name == "text-generation"  # lines of text are cut into blocks first
+        self.raw = data if blocks else cut(data, arguments, recipe.seed)
+        gguf = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **gguf)
+        self.model = self.load(source, **gguf)
+        encoded = self.encode(self.raw)
+        self.data = cut(encoded, arguments, recipe.seed) if blocks else encoded
+        self.collator = self.task.collator(self.tokenizer)
+        self.model.to(PartialState().device)
+        self.dense: PreTrainedModel | None = None
+        self.pruned: PreTrainedModel | None = None
+        self.plan = Plan(self.model.config.model_type)
+        self.masks: dict[str, torch.Tensor] = {}
+        self.report = new_report(recipe, self.model)
+        self.student_rows: Dataset | None = None  # what a student learns from, if not the same
+        self.trained_after_pruning = False
+
+    def load(self, source: str, **options: Any) -> PreTrainedModel:
+        """A model of the task, with the classes of the data."""
+        if self.names:
+            names = dict(enumerate(self.names))
+            back = {name: index for index, name in names.items()}
+            options |= {"num_labels": len(names), "id2label": names, "label2id": back}
+        elif self.task.name == "question-answering":
+            options["num_labels"] = 2  # start and end
+        if "gguf_file" in options:
+            options["dtype"] = torch.float32
+        model: PreTrainedModel = self.task.auto_class.from_pretrained(source, **options)
+        return strip_quantizer(model) if "gguf_file" in options else model
+
+    def encode(self, data: DatasetDict) -> DatasetDict:
+        """Token ids and labels of rows; padding is left to the collator."""
+        return self.task.encode(data, self.tokenizer, self.columns, self.arguments.max_length)
+
+    def batches(self, rows: Dataset, size: int, title: str) -> Iterator[Batch]:
+        """This process's share of some rows, as padded batches."""
+        state = PartialState()
+        mine = rows.shard(state.num_processes, state.process_index)
+        loader = DataLoader(mine, batch_size=size, collate_fn=self.collator)
+        for batch in tqdm(loader, desc=title, disable=not state.is_main_process):
+            yield dict(batch)
+
+    def measure(self, name: str, model: PreTrainedModel) -> None:
+        """Evaluate a model and write its figures under `stages`."""
+        size = self.arguments.eval_batch_size
+        scores = self.task.measure(
+            model, self.batches(self.data["test"], size, f"Measuring {name}")
+        )
+        examples = scores.pop("examples")
+        self.report["stages"][name] = measure_stage(model, self.arguments.max_length) | scores
+        if self.arguments.metric:
+            self.report["stages"][name][self.arguments.metric] = self._other_metric(model)
+        self.report["evaluation"] = {"examples": int(examples), "split": ""}
+
+    @torch.inference_mode()
+    def _other_metric(self, model: PreTrainedModel) -> dict[str, float]:
+        if self.task.name != "text-classification":
+            raise DataError("--metric is for text-classification.")
+        metric = hf_evaluate.load(self.arguments.metric)
+        loader = DataLoader(
+            self.data["test"], batch_size=self.arguments.eval_batch_size, collate_fn=self.collator
+        )
+        model.eval()
+        for batch in loader:
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            predictions = model(**batch).logits.argmax(dim=-1)
+            metric.add_batch(predictions=predictions.tolist(), references=batch["labels"].tolist())
+        return {key: float(value) for key, value in metric.compute().items()}
+
+    def teacher(self, stage: Distill) -> PreTrainedModel | str:
+        """Who teaches in a stage: the dense model, another checkpoint, or a file of logits."""
+        if stage.teacher_logits is not None:
+            return stage.teacher_logits
+        if stage.teacher is not None:
+            return self.load(stage.teacher)
+        if self.dense is None:
+            raise DataError("a distill stage before the first prune stage must name a teacher.")
+        return self.dense
+
+    def _rows(self, stage: Train) -> Dataset:
+        taught = isinstance(stage, Distill) and self.student_rows is not None
+        return self.student_rows if taught else self.data["train"]
+
+    def _options(self, stage: Train, folder: str) -> TrainingArguments:
+        a = self.arguments
+        saving: dict[str, Any] = {"save_strategy": "no"}
+        if a.save_steps:
+            saving = {"save_strategy": "steps", "save_steps": a.save_steps, "save_total_limit": 2}
+        return TrainingArguments(
+            output_dir=folder,
+            report_to=a.report_to,
+            seed=self.recipe.seed,
+            train_sampling_strategy="group_by_length",
+            logging_steps=50,
+            use_cpu=PartialState().device.type == "cpu",
+            **saving,
+            **stage.model_dump(include=set(Train.model_fields) - NOT_FOR_THE_TRAINER),
+        )
+
+    def _folder(self, scratch: ExitStack, index: int) -> str:
+        """Where a stage keeps its checkpoints: beside the output, or nowhere for long."""
+        if self.arguments.save_steps or self.arguments.resume:
+            return f"{self.arguments.output_dir}.checkpoints/stage-{index}"
+        return scratch.enter_context(tempfile.TemporaryDirectory())
+
+    def train(self, stage: Train, prune: Prune | None, index: int) -> None:
+        """Train the current model, with a teacher, a schedule or masks where the recipe says so."""
+        callbacks: list[TrainerCallback] = []
+        gradual = None
+        if isinstance(stage, Distill):
+            callbacks.append(DistillCallback(self.teacher(stage), **distill_fields(stage)))
+        if prune is not None:
+            gradual = PruneCallback(Recipe(seed=self.recipe.seed, stages=(prune, stage)))
+            callbacks.append(gradual)
+        if self.masks and not stage.lora_rank:
+            callbacks.append(KeepZeros(self.masks))
+        adapted = (
+            add_lora(self.model, stage.lora_rank, self.recipe.seed) if stage.lora_rank else None
+        )
+        with ExitStack() as scratch:
+            folder = self._folder(scratch, index)
+            trainer = Trainer(
+                model=self.model if adapted is None else adapted,
+                args=self._options(stage, folder),
+                train_dataset=self._rows(stage),
+                data_collator=self.collator,
+                processing_class=self.tokenizer,
+                callbacks=callbacks,
+            )
+            newest = None
+            if self.arguments.resume:
+                kept = (PruneCallback, DistillCallback)
+                newest = last_checkpoint(
+                    folder, plain=not any(isinstance(c, kept) for c in callbacks)
+                )
+            prepare_trainer(trainer).train(resume_from_checkpoint=newest)
+        if adapted is not None:
+            self.model = merge_lora(adapted, self.masks)
+        self.trained_after_pruning = self.pruned is not None or gradual is not None
+        if gradual is not None and gradual.plan is not None:
+            self._note_gradual(gradual)
+
+    def _note_gradual(self, gradual: PruneCallback) -> None:
+        assert gradual.plan is not None  # noqa: S101  # training has ended
+        self.plan = self.plan.then(gradual.plan)
+        self.masks |= gradual.masks
+        entry = gradual.selection.to_dict() if gradual.selection else {}
+        self.report["pruning"].append({"kind": "structure", **entry, "gradual": True})
+
+    def calibration(self, samples: int) -> Iterator[Batch]:
+        """Batches of a random part of the training data."""
+        rows = self.data["train"].shuffle(seed=self.recipe.seed)
+        return self.batches(rows.select(range(min(samples, len(rows)))), 32, "Calibrating")
+
+    def prune(self, stage: Prune) -> None:
+        """Prune the current model in one shot."""
+        samples = max(stage.calibration_samples, stage.reconstruction_samples or 0)
+        one = Recipe(seed=self.recipe.seed, stages=(stage,), standalone=self.recipe.standalone)
+
+        def score(model: PreTrainedModel) -> float:
+            return self.score(model)
+
+        metric = score if stage.floor is not None else None
+        result = compress(self.model, one, self.calibration(samples), metric=metric)
+        self.model = result.model
+        self.plan = self.plan.then(result.plan)
+        self.masks |= result.masks
+        self.report["pruning"] += result.report["pruning"]
+        self.report["calibration_samples"] = min(samples, len(self.data["train"]))
+
+    def score(self, model: PreTrainedModel) -> float:
+        """One number, higher = better: F1, accuracy, or the negative loss."""
+        size = self.arguments.eval_batch_size
+        figures = self.task.measure(model, self.batches(self.data["test"], size, "Measuring"))
+        return figures.get("f1", figures.get("accuracy", -figures.get("loss", 0.0)))
+
+    def make_student(self, stage: Student) -> None:
+        """Make a student of the current model, which becomes its teacher."""
+        self._note_dense(copied=False)
+        assert self.dense is not None  # noqa: S101  # just noted
+        batches = list(self.calibration(512)) if stage.init == "teacher" else []
+        self.model = make_student(self.dense, stage, batches, self.recipe.seed)
+        self.plan = Plan(self.model.config.model_type)
+        self._note_pruned()
+
+    def _note_dense(self, *, copied: bool) -> None:
+        if self.dense is None:
+            self.dense = copy.deepcopy(self.model) if copied else self.model
+            self.measure("dense", self.dense)
+
+    def _note_pruned(self) -> None:
+        self.pruned = copy.deepcopy(self.model)
+        self.measure("pruned", self.pruned)
+
+    def run(self) -> Result:
+        """All stages of the recipe, then latency."""
+        scheduled: Prune | None = None
+        for index, stage in enumerate(self.recipe.stages):
+            logger.info("Stage %d of %d: %s", index + 1, len(self.recipe.stages), stage)
+            if isinstance(stage, Student):
+                self.make_student(stage)
+            elif isinstance(stage, Prune):
+                self._note_dense(copied=stage.schedule is not None)
+                scheduled = stage if stage.schedule is not None else None
+                if scheduled is None:
+                    self.prune(stage)
+            else:
+                if self.model is not self.dense and self.plan.sites and self.pruned is None:
+                    self._note_pruned()
+                self.train(stage, scheduled, index)
+                scheduled = None
+        if self.trained_after_pruning:
+            self.measure("recovered", self.model)
+        else:
+            self._note_pruned()
+        self.time()
+        return Result(
+            self.model, self.plan, self.report, self.recipe, self.masks, tokenizer=self.tokenizer
+        )
+
+    def time(self) -> None:
+        """Latency of all stages, in turn, on one process."""
+        assert self.dense is not None  # noqa: S101  # the recipe prunes something
+        models = {"dense": self.dense, "pruned": self.pruned, "recovered": self.model}
+        present = {n: m for n, m in models.items() if m is not None and n in self.report["stages"]}
+        a = self.arguments
+        latency: dict[str, Any] = {
+            "batch_size": a.latency_batch_size,
+            "sequence_length": a.latency_tokens,
+            "rounds": a.latency_rounds,
+        }
+        for size, key in ((a.latency_batch_size, "latency_ms"), (1, "latency_ms_batch_1")):
+            rounds = a.latency_rounds * (1 if size > 1 else 4)
+            times = compare_latency(
+                present, batch_size=size, sequence_length=a.latency_tokens, rounds=rounds
+            )
+            for name, item in times.items():
+                self.report["stages"][name][key] = item.median_ms
+                latency.setdefault(name, {})[f"batch_{size}"] = item.to_dict()
+        self.report["latency"] = latency
+
+
+def describe(job: Job, script: str, packaged: Mapping[str, str]) -> None:
+    """What the card says besides figures.
+
+    Args:
+        job: that has run.
+        script: its file name.
+        packaged: names of the packaged `model` and `data`, and the `license`.
+    """
+    a, report = job.arguments, job.report
+    own = a.model_name_or_path is None
+    local = a.model_name_or_path is not None and Path(a.model_name_or_path).exists()
+    files = a.train_file is not None
+    if a.dataset_name is None and not files:
+        report["evaluation"]["split"] = packaged["split"]
+    report["sequence_length"] = a.max_length
+    report["auto_class"] = job.task.auto_class.__name__
+    report["task"] = job.task.name
+    report["base_model"] = packaged["model"] if own else None if local else a.model_name_or_path
+    report["dataset"] = (
+        Path(str(a.train_file)).name
+        if files
+        else Path(a.dataset_name).name
+        if a.dataset_name is not None
+        else packaged["data"]
+    )
+    report["license"] = packaged["license"] if own else None
+    report["language"] = "en" if own else None
+    report["name"] = (a.push_to_hub or "").split("/")[-1] or None
+    report["command"] = f"accelerate launch scripts/{script}"

@@ -1,0 +1,92 @@
+"""What all scripts do around a job: parse, check, run, show, save, push."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import DatasetDict
+from job import Arguments, Job, describe
+from rich.console import Console
+from transformers import HfArgumentParser, set_seed
+
+from hf_prune import HfPruneError, Recipe, load_recipe, push_to_hub, save_result
+from hf_prune.checkpoint.folder import check_output
+from hf_prune.errors import DataError
+from hf_prune.report.table import report_table
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """What a script uses when nothing is named, and what the card says of it.
+
+    Attributes:
+        model: from nothing to a folder.
+        data: from task and seed to a dataset; None where there is none.
+        names: of the `model` and the `data`, their `split`, and the `license`, for the card.
+    """
+
+    model: Callable[[], str]
+    data: Callable[[str, int], DatasetDict | None]
+    names: dict[str, str]
+
+
+Kind = type[Arguments]
+Prepare = Callable[[Job], None]
+
+
+def _nothing(job: Job) -> None:
+    """Nothing to prepare."""
+
+
+def _run(
+    arguments: Arguments, script: str, packaged: Packaged, recipe: Recipe, prepare: Prepare
+) -> None:
+    state = PartialState()
+    source = arguments.model_name_or_path or packaged.model()
+    data = packaged.data(arguments.task, recipe.seed)
+    set_seed(recipe.seed)
+    job = Job(arguments, recipe, source, data)
+    prepare(job)
+    result = job.run()
+    describe(job, script, packaged.names)
+    if not state.is_main_process:
+        return
+    out = Path(arguments.output_dir)
+    save_result(result, out, overwrite=arguments.overwrite)
+    Console().print(report_table(result.report))
+    print(f"Everything is in {out}: load {out / 'model'} after `import hf_prune`.")
+    if arguments.push_to_hub:
+        private = arguments.private or None
+        print("Pushed:", push_to_hub(out, arguments.push_to_hub, private=private))
+
+
+def launch(script: str, kind: Kind, packaged: Packaged, prepare: Prepare = _nothing) -> None:
+    """Parse the command line and run.
+
+    Args:
+        script: its file name.
+        kind: dataclass of its arguments.
+        packaged: what it uses when nothing is named.
+        prepare: what is done with the job before it runs.
+    """
+    parser = HfArgumentParser([kind])  # type: ignore[list-item]  # a dataclass, by its hints
+    (arguments,) = parser.parse_args_into_dataclasses()
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
+    level = logging.INFO if state.is_main_process else logging.WARNING
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        check_output(Path(arguments.output_dir), overwrite=arguments.overwrite)
+        recipe = load_recipe(arguments.recipe)
+        if all(stage.stage not in ("prune", "student") for stage in recipe.stages):
+            raise DataError("the recipe makes nothing smaller: there is nothing to do.")
+        _run(arguments, script, packaged, recipe, prepare)
+    except HfPruneError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error

@@ -1,0 +1,228 @@
+"""Every recipe is parsed, and followed for two steps on the tiny model of its family."""
+
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import hf_prune.errors
+from hf_prune import load_recipe, save_result
+from hf_prune.recipe import Distill, Prune, Student, Train
+
+ROOT = Path(hf_prune.errors.__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import job as scripts_job  # noqa: E402  # a script, found by the line above
+import tasks  # noqa: E402
+
+WORDS = ["good", "great", "fine", "bad", "awful", "poor", "film", "movie", "the", "is", "a", "plot"]
+SMALL = {"layers": 1, "hidden": 16, "heads": 2, "neurons": 24}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=128,
+    )
+
+
+def texts(count, seed):
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(3, 9))) for _ in range(count)]
+
+
+@pytest.fixture
+def folder(tiny, tokenizer, tmp_path):
+    """`folder(family)`: a saved tiny model of it, with a tokenizer."""
+
+    def make(family):
+        path = tmp_path / family
+        tiny(family).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def files(tmp_path):
+    """By task, arguments that name a training and a test file."""
+    rows = texts(48, seed=0)
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([text, index % 3] for index, text in enumerate(rows))
+    (tmp_path / "rows.txt").write_text("\n".join(rows * 4) + "\n")
+    tags = ["B-FILM", "I-FILM", "O"]
+    lines = ["\n".join(f"{w}\t{tags[i % 3]}" for i, w in enumerate(t.split())) for t in rows]
+    (tmp_path / "rows.conll").write_text("\n\n".join(lines) + "\n")
+    questions = [
+        {
+            "question": "the film is",
+            "context": text,
+            "answers": {"text": [text.split()[1]], "answer_start": [len(text.split()[0]) + 1]},
+        }
+        for text in rows
+    ]
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in questions))
+    names = {
+        "text-classification": "rows.csv",
+        "text-generation": "rows.txt",
+        "token-classification": "rows.conll",
+        "question-answering": "rows.json",
+    }
+    return {
+        task: {"task": task, "train_file": str(tmp_path / n), "eval_file": str(tmp_path / n)}
+        for task, n in names.items()
+    }
+
+
+def shortened(recipe):
+    """The same stages: two steps each, few examples, sizes that the tiny model has."""
+    stages = []
+    for stage in recipe.stages:
+        if isinstance(stage, Train):
+            few = {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0}
+            stages.append(stage.model_copy(update=few))
+        elif isinstance(stage, Student):
+            stages.append(stage.model_copy(update=SMALL))
+        elif isinstance(stage, Prune):
+            few = {"calibration_samples": 16, "reconstruction_samples": None, "sequence_length": 16}
+            schedule = stage.schedule
+            if schedule is not None:
+                few["schedule"] = schedule.model_copy(update={"every": 1, "end": 1.0})
+            stages.append(stage.model_copy(update=few))
+    return recipe.model_copy(update={"stages": tuple(stages)})
+
+
+def run(recipe, source, arguments):
+    found = scripts_job.Arguments(
+        max_length=16,
+        max_eval_samples=8,
+        latency_rounds=1,
+        latency_tokens=8,
+        latency_batch_size=2,
+        **arguments,
+    )
+    return scripts_job.Job(found, recipe, source).run()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
+# PEFT reads what transformers has deprecated.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_recipe_runs(path, folder, files, tmp_path):
+    recipe = load_recipe(path)
+    assert load_recipe(recipe.model_dump()) == recipe
+    family = path.parent.name
+    task = "text-classification" if family == "bert" else "text-generation"
+    result = run(shortened(recipe), folder(family), files[task])
+    stages = result.report["stages"]
+    last = "recovered" if "recovered" in stages else "pruned"
+    assert stages[last]["nonzero_parameters"] < stages["dense"]["nonzero_parameters"]
+    assert result.report["pruning"] or any(isinstance(s, Student) for s in recipe.stages)
+    save_result(result, tmp_path / "out")
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+PRUNE = Prune(sparsity=0.5, criterion="fisher", solver="global", calibration_samples=16)
+
+
+@pytest.mark.parametrize(
+    ("task", "figure"),
+    [
+        ("token-classification", "f1"),
+        ("question-answering", "exact_match"),
+        ("text-classification", "accuracy"),
+    ],
+)
+def test_tasks_of_prune_bert(folder, files, task, figure):
+    steps = {"max_steps": 2, "per_device_train_batch_size": 4}
+    stages = (Train(**steps), PRUNE, Distill(**steps, hidden=1.0))
+    recipe = load_recipe({"stages": [stage.model_dump(mode="json") for stage in stages]})
+    report = run(recipe, folder("bert"), files[task]).report
+    for name in ("dense", "pruned", "recovered"):
+        assert 0 <= report["stages"][name][figure] <= 1
+    removed = report["pruning"][0]
+    assert removed["removed"] >= removed["asked_to_remove"] > 0
+
+
+def test_perplexity_is_that_of_all_predicted_tokens(tiny, inputs_for):
+    model, batch = tiny("gpt2"), inputs_for("gpt2")
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"
+    )
+    counted = (batch["labels"][:, 1:] != -100).flatten()
+    expected = float(losses[counted].mean().exp())
+    halves = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
+    found = tasks.TASKS["text-generation"].measure(model, halves)
+    assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("O B-x I-x O", {(1, 3, "x")}),
+        ("B-x B-x I-y", {(0, 1, "x"), (1, 2, "x"), (2, 3, "y")}),
+        ("I-x I-x", {(0, 2, "x")}),
+        ("O O", set()),
+    ],
+)
+def test_entities(tags, expected):
+    assert tasks.entities(tags.split()) == expected
+
+
+def test_a_conll_file_that_is_none(tmp_path):
+    (tmp_path / "x.conll").write_text("a\tO\nb\n")
+    with pytest.raises(hf_prune.errors.DataError, match="line 2: expected a word, a tab and a tag"):
+        tasks.read_conll(tmp_path / "x.conll")
+
+
+def test_a_killed_script_goes_on(folder, files, tmp_path, monkeypatch):
+    """The second run takes up every stage where its newest checkpoint is, and ends alike."""
+    recipe = shortened(load_recipe(ROOT / "recipes" / "bert" / "movement-50.yaml"))
+    steps = {"max_steps": 6, "per_device_train_batch_size": 4}
+    stages = (recipe.stages[0], recipe.stages[1].model_copy(update=steps))
+    recipe = recipe.model_copy(update={"stages": stages})
+    source, data = folder("bert"), files["text-classification"]
+    whole = run(recipe, source, data)
+    options = {**data, "output_dir": str(tmp_path / "out"), "save_steps": 2}
+    original = scripts_job.PruneCallback.on_step_begin
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise RuntimeError("killed")
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(scripts_job.PruneCallback, "on_step_begin", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(recipe, source, options)
+    monkeypatch.undo()
+    resumed = run(recipe, source, {**options, "resume": True})
+    assert resumed.plan.fingerprint() == whole.plan.fingerprint()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
