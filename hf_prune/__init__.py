@@ -12,6 +12,7 @@ from hf_prune.errors import HfPruneError
 from hf_prune.families import register_family
 from hf_prune.gates import close_gates
 from hf_prune.hub import push_to_hub
+from hf_prune.infer import infer_family, load_family
 from hf_prune.pipeline import compress, compress_family
 from hf_prune.plan import Plan
 from hf_prune.recipe import Recipe, load_recipe

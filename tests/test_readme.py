@@ -33,8 +33,10 @@ def test_code_blocks_run(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.name)
 def test_recipes_parse_and_name_known_things(path):
     recipe = load_recipe(path)
-    check_stages(recipe)
-    assert recipe.prune_stages
+    if recipe.prune_stages:
+        check_stages(recipe)
+    else:
+        assert any(stage.stage == "student" for stage in recipe.stages)
 
 
 def test_readmes_show_the_same_results():
