@@ -174,14 +174,23 @@ def sequence_mask(model: PreTrainedModel, batch: Batch, module: str, like: Tenso
     return torch.ones(examples, tokens, dtype=torch.bool, device=like.device)
 
 
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether the logits at `t` predict the label at `t + 1`.
+
+    Masked language models and those with encoder and decoder predict the label at `t` itself.
+    """
+    speaks = model.get_output_embeddings() is not None
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    return speaks and not masked and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def counted_positions(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """True where the logits predict a label: `[B]`, or `[B, T]`.
 
     In causal language models the logits at `t` predict the label at `t + 1`.
     """
     counted = labels != -100
-    causal = model.get_output_embeddings() is not None
-    if causal and not type(model).__name__.endswith("ForMaskedLM") and labels.ndim == 2:
+    if is_causal_lm(model) and labels.ndim == 2:
         counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
     return counted
 
