@@ -57,7 +57,8 @@ def main() -> None:
         "# Benchmarks",
         "Rendered by `python scripts/render_benchmarks.py` from the files in `docs/benchmarks/`, "
         "which `python scripts/benchmark.py` writes. They hold versions and hardware, too. "
-        "Times are CPU seconds of one thread on a machine with other work; dense is measured in the same run.",
+        "Times are CPU seconds of one thread on a machine with other work; dense is measured in "
+        "the same run.",
     ]
     for path in sorted(FOLDER.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
