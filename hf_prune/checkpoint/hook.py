@@ -43,7 +43,11 @@ class HfPruneConfig(QuantizationConfigMixin):
         for table in TABLES:
             if table in kwargs:
                 setattr(self, table, kwargs[table])
-        check_shapes(self.to_dict())
+        check_shapes(vars(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain data. Its tables are shared: copying them would slow loading."""
+        return dict(vars(self))
 
 
 class HfPruneQuantizer(HfQuantizer):
@@ -77,6 +81,9 @@ class HfPruneQuantizer(HfQuantizer):
             for operation in conversion.operations:
                 operation.of_hf_prune = True
         return conversions
+
+    def update_parallel_plan(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: narrowed modules keep the names that a plan of parallel layers speaks of."""
 
     def is_serializable(self) -> bool:
         """A pruned model can be saved again."""
