@@ -143,7 +143,7 @@ DIGITS: dict[str, dict[str, Any]] = {
         }
         for name, solver in (
             ("magnitude", "uniform"),
-            ("magnitude_normalised", "uniform"),
+            ("magnitude_normalized", "uniform"),
             ("magnitude_sigma", "global"),
             ("random", "uniform"),
         )

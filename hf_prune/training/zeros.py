@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.errors import CheckpointError, ConfigError, DataError
 from hf_prune.recipe import Prune, did_you_mean
-from hf_prune.weights.find import find_weights
+from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.weights.find import find_matrices
 from hf_prune.weights.masks import (
     WEIGHT_SOLVERS,
     Masks,
@@ -19,8 +20,12 @@ from hf_prune.weights.masks import (
     magnitude_masks,
 )
 
-TRAINING_CRITERIA = ("magnitude",)
-"""Criteria of single weights that `PruneCallback` knows."""
+TRAINING_CRITERIA = ("magnitude", "movement")
+"""Criteria of single weights that `PruneCallback` knows. `movement` keeps what training moves away
+from zero: the sum over steps of `-w * dL/dw` (Sanh et al. 2020, arXiv:2005.07683; here an entry
+that is gone does not come back)."""
+MOVEMENT = "movement:"
+"""What stands before the names of sums among the tensors of a state."""
 
 
 @dataclass
@@ -30,6 +35,7 @@ class WeightPruning:
     stage: Prune
     model: nn.Module | None = None
     masks: Masks = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind, name, known in (
@@ -41,19 +47,54 @@ class WeightPruning:
                     f"{kind} {name!r} is not for single weights while training"
                     f"{did_you_mean(name, known)}"
                 )
+        if self.stage.single.pattern != "unstructured":
+            raise ConfigError(
+                f"pattern {self.stage.single.pattern} cannot grow with a schedule: prune in one "
+                "shot with compress(), and keep the zeros with KeepZeros while training."
+            )
 
     def start(self, model: nn.Module) -> None:
         """Nothing is masked yet."""
-        self.model, self.masks = model, {}
+        self.model, self.masks, self.sums = model, {}, {}
 
+    def _weights(self) -> dict[str, Tensor]:
+        assert self.model is not None  # noqa: S101  # start() came first
+        single = self.stage.single
+        found = find_matrices(
+            self.model,
+            targets=single.targets,
+            ignore=self.stage.ignore,
+            embeddings=single.embeddings,
+        )
+        return {matrix.name: matrix.parameter for matrix in found}
+
+    @torch.no_grad()
     def observe(self) -> None:
-        """Magnitudes are in the weights themselves: nothing to collect."""
+        """Add what this step moves away from zero; magnitudes are in the weights themselves."""
+        if self.stage.criterion != "movement":
+            return
+        for name, weight in self._weights().items():
+            if weight.grad is not None:
+                moved = -(weight * weight.grad).float()
+                self.sums[name] = self.sums[name] + moved if name in self.sums else moved
+
+    def _scores(self) -> dict[str, Tensor]:
+        """What is ranked: never negative, and zero where nothing stays already."""
+        weights = self._weights()
+        if self.stage.criterion != "movement":
+            return weights
+        if self.sums.keys() != weights.keys():
+            raise DataError("training ended before a single optimizer step: nothing was pruned.")
+        totals = {name: sum_over_processes(value) for name, value in self.sums.items()}
+        least = min(float(value.min()) for value in totals.values())
+        scores = {name: value - least + 1 for name, value in totals.items()}
+        return {n: s * self.masks[n] if n in self.masks else s for n, s in scores.items()}
 
     def decide(self, share: float) -> None:
         """Choose the entries that stay at `share` of the final sparsity. Zeros never come back."""
         assert self.model is not None  # noqa: S101  # start() came first
-        weights = find_weights(self.model, self.stage.ignore)
-        self.masks = magnitude_masks(weights, self.stage.fraction * share, self.stage.solver)
+        sparsity = self.stage.fraction * share
+        self.masks = magnitude_masks(self._scores(), sparsity, self.stage.solver)
         apply_masks_(self.model, self.masks)
 
     def after_step(self) -> None:
@@ -72,7 +113,7 @@ class WeightPruning:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What must survive a restart."""
-        return {}, dict(self.masks)
+        return {}, {**self.masks, **{f"{MOVEMENT}{n}": s for n, s in self.sums.items()}}
 
     def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave.
@@ -87,6 +128,12 @@ class WeightPruning:
             if mask.shape != shapes[name] or mask.dtype != torch.bool:
                 raise CheckpointError(f"the mask of {name} does not fit this model.")
         self.masks = {name: mask.to(self._device()) for name, mask in masks.items()}
+        named = {name.removeprefix(MOVEMENT): value for name, value in tensors.items()}
+        self.sums = {
+            name: value.to(self._device())
+            for name, value in named.items()
+            if f"{MOVEMENT}{name}" in tensors and name in shapes and value.shape == shapes[name]
+        }
         apply_masks_(self.model, self.masks)
 
     def _device(self) -> torch.device:
@@ -115,3 +162,33 @@ class KeepZeros(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write them again."""
         apply_masks_(kwargs["model"], self.masks)
+
+
+def merge_adapter(model: Any, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Merge a PEFT adapter into its sparse base, and keep the zeros: the update is masked.
+
+    Args:
+        model: a `PeftModel` whose adapter can be merged, such as LoRA.
+        masks: by parameter name of the base model; if not given, every exact zero of the matrices
+            that the adapter changes stays zero.
+
+    Returns:
+        The base model, its adapter merged.
+
+    Raises:
+        ConfigError: for a model that has no adapter to merge.
+    """
+    merge = getattr(model, "merge_and_unload", None)
+    if merge is None:
+        raise ConfigError(f"{type(model).__name__} has no adapter to merge: pass a PeftModel.")
+    if masks is None:
+        base = model.get_base_model()
+        masks = {
+            name.replace(".base_layer.", "."): parameter.detach() != 0
+            for name, parameter in base.named_parameters()
+            if name.endswith(".base_layer.weight")
+        }
+    merged = merge()
+    assert isinstance(merged, nn.Module)  # noqa: S101  # what PEFT gives back
+    apply_masks_(merged, masks)
+    return merged

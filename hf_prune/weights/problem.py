@@ -12,7 +12,7 @@ from hf_prune.statistics.moments import Moments, means
 from hf_prune.weights.patterns import Pattern
 from hf_prune.weights.solvers import SOLVERS, Problem, admm, project
 
-DATA_FREE = ("random", "magnitude", "magnitude_normalised", "magnitude_sigma")
+DATA_FREE = ("random", "magnitude", "magnitude_normalized", "magnitude_sigma")
 """Criteria that read nothing but the weights."""
 GRADIENTS = ("sensitivity", "fisher_diagonal")
 """Criteria that read gradients, collected before the walk."""
@@ -73,7 +73,7 @@ class Fit:
 def data_free_scores(criterion: str, name: str, group: int, weight: Tensor, seed: int) -> Tensor:
     """Scores `[R, C]` that need nothing but the weight; higher = keep.
 
-    `random` is uniform in [0, 1). `magnitude` is `|w|`. `magnitude_normalised` is `|w|` as a share
+    `random` is uniform in [0, 1). `magnitude` is `|w|`. `magnitude_normalized` is `|w|` as a share
     of its row plus as a share of its column (Zhang et al. 2024, arXiv:2402.04902).
     `magnitude_sigma` is `|w|` in standard deviations of the matrix (Han et al. 2015,
     arXiv:1506.02626).
@@ -83,7 +83,7 @@ def data_free_scores(criterion: str, name: str, group: int, weight: Tensor, seed
         key = zlib.crc32(f"{name}/{group}".encode(), seed & 0xFFFFFFFF)
         generator = torch.Generator().manual_seed(key)
         return torch.rand(size.shape, generator=generator).to(size.device)
-    if criterion == "magnitude_normalised":
+    if criterion == "magnitude_normalized":
         rows = size.sum(dim=1, keepdim=True).clamp(min=1e-30)
         columns = size.sum(dim=0, keepdim=True).clamp(min=1e-30)
         return size / rows + size / columns

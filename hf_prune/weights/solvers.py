@@ -70,14 +70,15 @@ def refit(problem: Problem, weight: Tensor, mask: Tensor, steps: int) -> Tensor:
     residual = ((problem.target - values) @ problem.gram) * mask
     direction = residual.clone()
     power = residual.square().sum(dim=1, keepdim=True)  # [R, 1]
+    least = power * torch.finfo(power.dtype).eps ** 2  # below this a row is solved to rounding
     for _ in range(steps):
         image = (direction @ problem.gram) * mask
         curvature = (direction * image).sum(dim=1, keepdim=True)
-        length = torch.where(curvature > 0, power / curvature, 0)
+        length = torch.where((power > least) & (curvature > 0), power / curvature, 0)
         values = values + length * direction
         residual = residual - length * image
         fresh = residual.square().sum(dim=1, keepdim=True)
-        direction = residual + torch.where(power > 0, fresh / power, 0) * direction
+        direction = residual + torch.where(power > least, fresh / power, 0) * direction
         power = fresh
     return values
 

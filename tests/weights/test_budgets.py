@@ -134,7 +134,7 @@ def test_data_free_scores():
     weight = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
     assert data_free_scores("magnitude", "w", 0, weight, 0).tolist() == [[1, 2], [3, 4]]
     expected = [[1 / 3 + 1 / 4, 2 / 3 + 2 / 6], [3 / 7 + 3 / 4, 4 / 7 + 4 / 6]]
-    found = data_free_scores("magnitude_normalised", "w", 0, weight, 0)
+    found = data_free_scores("magnitude_normalized", "w", 0, weight, 0)
     torch.testing.assert_close(found, torch.tensor(expected))
     one, same, other = (data_free_scores("random", n, 0, weight, 0) for n in ("a", "a", "b"))
     assert torch.equal(one, same)

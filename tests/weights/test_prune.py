@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_prune.errors import CheckpointError, DataError, NumericsError, UnsupportedModelError
 from hf_prune.families import FAMILIES
+from hf_prune.sites import base_model, find_sites
 from hf_prune.weights import prune as room
 from hf_prune.weights.budgets import uniform
 from hf_prune.weights.find import find_matrices
@@ -212,3 +213,42 @@ def test_data_is_asked_for_only_where_it_is_needed():
 def test_inputs_that_are_not_finite_are_named():
     with pytest.raises(NumericsError, match=r"first\.weight: the inputs"):
         run(Net(), [torch.full((2, 1, 8, 8), float("nan"))])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_output_projections_repair_what_the_residual_lost(name, tiny, inputs_for):
+    """With almost no ridge no other values on the mask bring the layer closer to the dense one."""
+    model, dense = tiny(name), tiny(name)
+    batches = [inputs_for(name, seed, (9, 6, 4, 7) * 4) for seed in range(4)]
+    site = [s for s in find_sites(model) if s.layer == 0][-1]
+    down = f"{model.base_model_prefix}.{site.gate.module}"
+    earlier = {"llama": "*layers.0.self_attn*", "bert": "*layer.0.attention*", "gpt2": "*h.0.attn*"}
+    matrices = find_matrices(model, targets=[earlier[name], down])
+    removed = uniform(matrices, 0.6, Pattern())
+    told = Options(ridge=1e-7, refit_steps=200, iterations=0)
+    mask = prune_weights_(model, matrices, removed, told, batches).masks[f"{down}.weight"]
+
+    def error():
+        total = 0.0
+        for batch in batches:
+            kwargs = {k: v for k, v in batch.items() if k != "labels"}
+            hidden = [
+                base_model(m)(**kwargs, output_hidden_states=True).hidden_states[1]
+                for m in (model, dense)
+            ]
+            gap = (hidden[0] - hidden[1])[batch["attention_mask"].bool()]
+            total += float(gap.double().square().sum())
+        return total
+
+    if name == "bert":  # the layer ends with a norm: what is fitted is the sum before it
+        for each in (model, dense):
+            base_model(each).encoder.layer[0].output.LayerNorm = nn.Identity()
+    with torch.no_grad():
+        best = error()
+        weight = model.get_parameter(f"{down}.weight")
+        for seed in range(3):
+            step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * mask
+            for sign in (1, -1):
+                weight += sign * 0.003 * step
+                assert error() > best
+                weight -= sign * 0.003 * step

@@ -113,6 +113,16 @@ def test_refit_is_least_squares_on_the_support(seed, sparsity):
     assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(errors))
 
 
+def test_more_steps_than_needed_do_no_harm():
+    """In float32, long after nothing is left to gain."""
+    exact = problem_of(1, 16, 24, sparsity=0.6, tokens=400)
+    problem = Problem(exact.target.float(), exact.gram.float(), exact.pattern, exact.removed)
+    scores = problem.target.abs() * problem.gram.diagonal().sqrt()
+    some, many = (project(problem, scores, steps)[0] for steps in (60, 2000))
+    assert torch.isfinite(many).all()
+    torch.testing.assert_close(many, some, atol=1e-3, rtol=1e-3)
+
+
 def test_ten_steps_are_enough_where_inputs_are_scaled():
     problem = problem_of(1, 16, 64, sparsity=0.6, tokens=400)
     scores = problem.target.abs() * problem.gram.diagonal().sqrt()

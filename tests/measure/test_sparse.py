@@ -1,0 +1,60 @@
+"""Compressed rows give the same, and are used only where they were measured to be faster."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_prune.errors import ConfigError
+from hf_prune.measure import sparse
+from hf_prune.measure.sparse import SparseLinear, use_sparse_
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import apply_masks_, magnitude_masks
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_same_outputs(bias):
+    dense = nn.Linear(20, 12, bias=bias)
+    dense.weight.data *= torch.rand(12, 20) > 0.8
+    inputs = torch.randn(2, 5, 20)
+    torch.testing.assert_close(SparseLinear(dense)(inputs), dense(inputs))
+
+
+def times(monkeypatch, *pairs):
+    """Let timings be what the test says."""
+    given = iter(pairs)
+    monkeypatch.setattr(sparse, "_median_ms", lambda functions, rounds: list(next(given)))
+
+
+def pruned(tiny, name, share):
+    model = tiny(name)
+    apply_masks_(model, magnitude_masks(find_weights(model, ["classifier*"]), share))
+    return model
+
+
+def test_used_where_it_pays_and_refused_with_the_figure(tiny, inputs_for, logits, monkeypatch):
+    model, batch = pruned(tiny, "bert", 0.9), inputs_for("bert")
+    before = logits(model, batch)
+    times(monkeypatch, (2.0, 1.0), (1.0, 2.0), *[(1.0, 0.95)] * 50)
+    timings = use_sparse_(model, batch)
+    assert [t.used for t in timings[:3]] == [True, False, False], "1.05 times is below min_gain"
+    kinds = [type(model.get_submodule(t.name)) for t in timings]
+    assert kinds[:2] == [SparseLinear, nn.Linear]
+    assert timings[1].to_dict()["dense_ms"] == 1.0
+    assert timings[1].to_dict()["sparse_ms"] == 2.0
+    assert all(t.sparsity == pytest.approx(0.9, abs=0.02) for t in timings)
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+
+
+def test_dense_layers_are_not_timed(tiny, inputs_for):
+    assert use_sparse_(tiny("bert"), inputs_for("bert")) == []
+
+
+def test_real_times_are_positive(tiny, inputs_for):
+    timings = use_sparse_(pruned(tiny, "llama", 0.8), inputs_for("llama"), rounds=2)
+    assert timings
+    assert all(t.dense_ms > 0 and t.sparse_ms > 0 for t in timings)
+
+
+def test_elsewhere_than_on_a_cpu(tiny, inputs_for):
+    with pytest.raises(ConfigError, match="compressed rows are for CPUs"):
+        use_sparse_(tiny("bert").to("meta"), inputs_for("bert"))

@@ -1,0 +1,182 @@
+"""Zeros stay zero: every optimizer, accumulation, half precision, checkpoints, adapters."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_prune import KeepZeros, PruneCallback
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.recipe import Prune, Schedule
+from hf_prune.training.zeros import WeightPruning, merge_adapter
+from hf_prune.weights.find import find_weights
+from hf_prune.weights.masks import apply_masks_, magnitude_masks
+
+
+def rows(count=32):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 99, (count, 8), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": [index % 3 for index in range(count)]})
+
+
+def train(model, folder, *callbacks, **options):
+    told = {"max_steps": 6, "save_strategy": "no", **options}
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **told,
+    )
+    trainer = Trainer(
+        model, arguments, train_dataset=rows(), eval_dataset=rows(), callbacks=list(callbacks)
+    )
+    trainer.train()
+    return trainer
+
+
+def assert_zero(state, masks):
+    assert masks
+    for name, mask in masks.items():
+        assert not state[name][~mask].any(), name
+        assert state[name][mask].any(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim": "adamw_torch"},
+        {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=True"},
+        {"optim": "adafactor"},
+        {"optim": "rmsprop"},
+        {"optim": "adagrad"},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"max_grad_norm": 0.1, "warmup_steps": 3},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_whatever_trains(options, tiny, tmp_path):
+    model = tiny("bert")
+    masks = magnitude_masks(find_weights(model), 0.6)
+    before = model.classifier.weight.detach().clone()
+    train(model, tmp_path, KeepZeros(masks), **options)
+    assert_zero(dict(model.named_parameters()), masks)
+    assert not torch.equal(before, model.classifier.weight), "it did train"
+
+
+def test_half_precision_weights(tiny, tmp_path):
+    model = tiny("bert").to(torch.bfloat16)
+    masks = magnitude_masks(find_weights(model), 0.6)
+    train(model, tmp_path, KeepZeros(masks))
+    assert_zero(dict(model.named_parameters()), masks)
+
+
+def test_every_checkpoint_and_the_best_one(tiny, tmp_path):
+    model = tiny("bert")
+    masks = magnitude_masks(find_weights(model), 0.6)
+    trainer = train(
+        model,
+        tmp_path,
+        KeepZeros(masks),
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    files = sorted(tmp_path.glob("checkpoint-*/model.safetensors"))
+    assert len(files) >= 2
+    for file in files:
+        assert_zero(load_file(file), masks)
+    assert trainer.state.best_model_checkpoint
+    assert_zero(dict(model.named_parameters()), masks)
+
+
+def recipe(**stage):
+    prune = {
+        "stage": "prune",
+        "units": ["weights"],
+        "sparsity": 0.5,
+        "schedule": {"kind": "cubic", "start": 0.0, "end": 0.6, "every": 2},
+        "ignore": ["classifier.*"],
+        **stage,
+    }
+    return {"stages": [prune, {"stage": "train"}]}
+
+
+@pytest.mark.parametrize("solver", ["uniform", "global"])
+def test_movement(solver, tiny, tmp_path):
+    model = tiny("bert")
+    callback = PruneCallback(recipe(criterion="movement", solver=solver))
+    train(model, tmp_path, callback)
+    assert_zero(dict(model.named_parameters()), callback.masks)
+    removed = sum(int((~mask).sum()) for mask in callback.masks.values())
+    total = sum(mask.numel() for mask in callback.masks.values())
+    assert 0 <= removed - 0.5 * total <= len(callback.masks)
+    by_size = magnitude_masks(find_weights(tiny("bert"), ["classifier.*"]), 0.5, solver)
+    assert any(not torch.equal(by_size[n], m) for n, m in callback.masks.items())
+
+
+def test_movement_is_the_sum_of_minus_weight_times_gradient():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    stage = Prune(units=("weights",), criterion="movement", sparsity=0.5, schedule=Schedule())
+    pruning = WeightPruning(stage)
+    pruning.start(model)
+    with pytest.raises(DataError, match="before a single optimizer step"):
+        pruning.decide(1.0)
+    expected = torch.zeros(3, 4)
+    for step in range(3):
+        weight = model[0].weight
+        weight.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        expected -= weight.detach() * weight.grad
+        pruning.observe()
+        with torch.no_grad():
+            weight -= 0.1 * weight.grad
+    pruning.decide(1.0)
+    order = expected.flatten().argsort()
+    assert not pruning.masks["0.weight"].flatten()[order[:6]].any()
+    gone = ~pruning.masks["0.weight"]
+    model[0].weight.grad = torch.full((3, 4), -100.0)
+    pruning.observe()
+    pruning.decide(1.0)
+    assert torch.equal(~pruning.masks["0.weight"], gone), "what is gone does not come back"
+    copy = WeightPruning(stage)
+    copy.start(model)
+    copy.load(*pruning.state())
+    assert torch.equal(copy.sums["0.weight"], pruning.sums["0.weight"])
+    assert torch.equal(copy.masks["0.weight"], pruning.masks["0.weight"])
+
+
+def test_what_cannot_grow_is_refused():
+    told = recipe(criterion="magnitude", weights={"pattern": "2:4"}, sparsity=None)
+    with pytest.raises(ConfigError, match="pattern 2:4 cannot grow with a schedule"):
+        PruneCallback(told)
+    with pytest.raises(ConfigError, match="criterion 'admm' is not for single weights while"):
+        PruneCallback(recipe())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("given", [True, False])
+def test_a_merged_adapter_keeps_the_zeros(given, tiny, inputs_for, logits):
+    model, batch = tiny("llama"), inputs_for("llama")
+    masks = magnitude_masks(find_weights(model), 0.6)
+    apply_masks_(model, masks)
+    sparse = logits(model, batch)
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    merged = merge_adapter(tuned, masks if given else None)
+    assert_zero(dict(merged.named_parameters()), masks)
+    changed = logits(merged, batch)
+    assert not torch.allclose(changed, sparse, atol=1e-3), "the update is in"
+    with pytest.raises(ConfigError, match="has no adapter to merge"):
+        merge_adapter(nn.Linear(2, 2))
