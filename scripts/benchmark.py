@@ -1,6 +1,7 @@
 """Figures that are not tests, one sub-command for each subject; each writes JSON.
 
 python scripts/benchmark.py step runs/benchmark_step.json
+python scripts/benchmark.py loading runs/loading.json
 python scripts/benchmark.py structured-text runs/structured_text.json --model DIR --data NAME
 python scripts/benchmark.py structured-lm runs/structured_lm.json --model DIR --text DIR
 python scripts/benchmark.py structured-latency runs/structured_latency.json --model DIR
@@ -14,6 +15,7 @@ python scripts/benchmark.py weights-memory runs/weights_memory.json
 python scripts/benchmark.py weights-digits runs/weights_digits.json
 """
 
+import bench_loading
 import bench_step
 import bench_structured
 import bench_training
@@ -28,6 +30,7 @@ def main() -> None:
     """Nothing of its own: the sub-commands do the work."""
 
 
+main.add_command(bench_loading.command, "loading")
 main.add_command(bench_step.command, "step")
 main.add_command(bench_structured.text, "structured-text")
 main.add_command(bench_structured.language_model, "structured-lm")

@@ -139,16 +139,6 @@ def token_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
     return mask.bool()
 
 
-def is_causal_lm(model: PreTrainedModel) -> bool:
-    """Whether the logits at `t` predict the label at `t + 1`.
-
-    Masked language models and those with encoder and decoder predict the label at `t` itself.
-    """
-    speaks = model.get_output_embeddings() is not None
-    masked = type(model).__name__.endswith("ForMaskedLM")
-    return speaks and not masked and not getattr(model.config, "is_encoder_decoder", False)
-
-
 def sequence_mask(model: PreTrainedModel, batch: Batch, module: str, like: Tensor) -> Tensor:
     """True for the real ones of the tokens that a module sees, `[B, T]`.
 
@@ -182,6 +172,16 @@ def sequence_mask(model: PreTrainedModel, batch: Batch, module: str, like: Tenso
             "length, without a mask."
         )
     return torch.ones(examples, tokens, dtype=torch.bool, device=like.device)
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether the logits at `t` predict the label at `t + 1`.
+
+    Masked language models and those with encoder and decoder predict the label at `t` itself.
+    """
+    speaks = model.get_output_embeddings() is not None
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    return speaks and not masked and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def counted_positions(model: PreTrainedModel, labels: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_prune.sites import base_model, find_sites, gate_weight, logical_weight, projection
+from hf_prune.sites import base_model, find_sites, logical_weight, projection
 from hf_prune.surgery.dead import find_dead, remove_dead_
 from hf_prune.weights.find import find_weights
 
@@ -71,10 +71,11 @@ def test_nothing_dead_nothing_removed(tiny, inputs_for):
     assert (plan.sites, folded) == ({}, {})
 
 
-def test_one_unit_stays(tiny, inputs_for):
-    model = tiny("llama")
+def test_a_whole_block_without_effect(tiny, inputs_for, logits):
+    model, batch = tiny("llama"), inputs_for("llama")
     site = find_sites(model)[1]
     kill(model, site, columns=range(site.units))
-    remove_dead_(model, inputs_for("llama"))
-    assert find_sites(model)[1].units == site.floor
-    assert gate_weight(base_model(model), find_sites(model)[1]).shape[0] == site.floor
+    before = logits(model, batch)
+    plan, _ = remove_dead_(model, batch)
+    assert len(plan.sites[site.name].kept) == site.floor
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
