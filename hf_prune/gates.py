@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import PlanError, UnsupportedModelError
 from hf_prune.plan import Plan
 from hf_prune.sites import ALL_KINDS, Site, base_model, find_sites, get_module, projection
-
-Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
 
 
 @dataclass
@@ -43,34 +42,62 @@ def expand_gate(gate: Tensor, width: int) -> Tensor:
     return gate.repeat_interleave(width, dim=-1) if width > 1 else gate
 
 
-def _hook(gates: Gates, site: Site) -> Hook:
-    held: tuple[Tensor, int, Tensor] | None = None  # the last gate, its version, its expansion
+class _Wide:
+    """A gate with one number for each column; made once, where no gradient flows through it."""
 
-    def ready(gate: Tensor, inputs: Tensor) -> Tensor:
-        """The gate as it is multiplied; made once, where no gradient flows through it."""
-        nonlocal held
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.held: tuple[Tensor, int, Tensor] | None = None  # gate, its version, what it became
+
+    def __call__(self, gate: Tensor, like: Tensor) -> Tensor:
+        """`[..., U]` to `[..., U * D]`, on the device and in the dtype of `like`."""
         version = -1 if gate.is_inference() else gate._version
-        if held is not None and held[0] is gate and held[1] == version:
-            wide = held[2]
-            if (wide.dtype, wide.device) == (inputs.dtype, inputs.device):
+        if self.held is not None and self.held[0] is gate and self.held[1] == version:
+            wide = self.held[2]
+            if (wide.dtype, wide.device) == (like.dtype, like.device):
                 return wide
-        wide = expand_gate(gate.to(device=inputs.device, dtype=inputs.dtype), site.gate.width)
-        held = None if gate.requires_grad else (gate, version, wide)
+        wide = expand_gate(gate.to(device=like.device, dtype=like.dtype), self.width)
+        self.held = None if gate.requires_grad else (gate, version, wide)
         return wide
 
-    def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+
+def _gated(inputs: Tensor, wide: Tensor) -> Tensor:
+    if wide.ndim > inputs.ndim:  # tokens of all examples in one row: [B * T, U * D]
+        by_example = inputs.view(wide.shape[0], -1, inputs.shape[-1])  # [B, T, U * D]
+        return (by_example * wide).flatten(0, 1)
+    return inputs * wide
+
+
+def _linear_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableHandle]:
+    """Multiply the input of a linear layer, or its weight where that is the smaller of the two.
+
+    Both give the same output and the same gradients.
+    """
+    expand, kept = _Wide(site.gate.width), []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         gate = None if module.training else gates.evaluation.get(site.name)
         gate = gates.values.get(site.name) if gate is None else gate
         if gate is None:
             return None
-        inputs = args[0]  # [..., U * D]
-        wide = ready(gate, inputs)
-        if wide.ndim > inputs.ndim:  # tokens of all examples in one row: [B * T, U * D]
-            by_example = inputs.unflatten(0, (wide.shape[0], -1))  # [B, T, U * D]
-            return ((by_example * wide).flatten(0, 1), *args[1:])
-        return (inputs * wide, *args[1:])
+        inputs, weight = args[0], module.weight  # [..., U * D]
+        assert isinstance(weight, Tensor)  # noqa: S101  # what a linear layer has
+        small = gate.ndim == 1 and weight.numel() < inputs.numel()
+        if not small or torch.compiler.is_compiling():
+            return (_gated(inputs, expand(gate, inputs)), *args[1:])
+        wide = expand(gate, weight)
+        columns = wide.unsqueeze(1) if isinstance(module, Conv1D) else wide
+        kept.append(_swapped(module, "weight", lambda parameter: parameter * columns))
+        return None
 
-    return multiply
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if kept:
+            module._parameters["weight"] = kept.pop()  # type: ignore[assignment]  # what it was
+
+    return [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    ]
 
 
 def _flat_gate(gates: Gates, site: Site) -> Tensor | None:
@@ -143,8 +170,7 @@ def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
         elif site.kind == "experts":
             gates.handles += _expert_gate(get_module(base, site.core), gates, site)
         else:
-            module = projection(base, site.gate.module)
-            gates.handles.append(module.register_forward_pre_hook(_hook(gates, site)))
+            gates.handles += _linear_gate(projection(base, site.gate.module), gates, site)
     return gates
 
 

@@ -25,6 +25,11 @@ torch.set_num_threads(1)
 register()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An option of `tests/contract/test_table.py`."""
+    parser.addoption("--write-table", action="store_true", help="write docs/families.md")
+
+
 def _randomise(model: PreTrainedModel, seed: int) -> None:
     """Make every parameter matter: large matrices, biases and norms that are not 0 and 1."""
     generator = torch.Generator().manual_seed(seed)

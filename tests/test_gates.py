@@ -12,7 +12,7 @@ families = pytest.mark.parametrize("name", CORE)
 
 
 def hooks(model):
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 @families
@@ -33,7 +33,7 @@ def test_no_trace(name, tiny, inputs_for, uneven_plan, logits):
     model, batch = tiny(name), inputs_for(name)
     keys, before, dense = list(model.state_dict()), hooks(model), logits(model, batch)
     with masked(model, uneven_plan(model)):
-        assert hooks(model) == before + len(find_sites(model))
+        assert hooks(model) == before + 2 * len(find_sites(model))
         assert list(model.state_dict()) == keys
         assert not torch.equal(logits(model, batch), dense)
     assert hooks(model) == before
@@ -76,3 +76,57 @@ def test_only_what_loses_something_has_a_gate():
     values = plan_gates(plan)
     assert list(values) == ["b"]
     assert values["b"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_input_and_weight_are_gated_alike(name, tiny, inputs_for):
+    """Many tokens: the weight is smaller and is scaled; few tokens: the input is."""
+    model = tiny(name)
+    site = find_sites(model)[1]
+    layer = model.base_model.get_submodule(site.gate.module)
+    gates = attach_gates(model, [site])
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.rand(site.units, generator=generator)
+    inputs = torch.randn(200, site.units * site.gate.width, generator=generator)
+    parameter, found = layer.weight, []
+    for part in (200, 1):
+        gates.values[site.name] = gate.clone().requires_grad_()
+        rows = inputs.clone().requires_grad_()
+        outputs = torch.cat([layer(piece) for piece in rows.split(part)])
+        layer.zero_grad()
+        outputs.square().sum().backward()
+        assert layer.weight is parameter, "the parameter is back after each call"
+        gradients = (rows.grad, layer.weight.grad.clone(), gates.values[site.name].grad)
+        found.append((outputs.detach(), *gradients))
+    assert inputs.numel() > parameter.numel() > inputs[0].numel()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    gates.remove()
+
+
+def test_a_gate_that_changes_in_place_is_seen(tiny):
+    model = tiny("bert")
+    site = find_sites(model)[0]
+    layer = model.base_model.get_submodule(site.gate.module)
+    gates = attach_gates(model, [site])
+    gate = gates.values[site.name] = torch.ones(site.units)
+    inputs = torch.ones(100, site.units * site.gate.width)
+    with torch.no_grad():
+        opened = layer(inputs)
+        gate.zero_()
+        torch.testing.assert_close(layer(inputs), layer.bias.expand_as(opened))
+        assert not torch.allclose(opened, layer.bias.expand_as(opened))
+    gates.remove()
+
+
+def test_an_error_in_a_gated_layer_brings_the_parameter_back(tiny):
+    model = tiny("bert")
+    site = find_sites(model)[1]
+    layer = model.base_model.get_submodule(site.gate.module)
+    gates = attach_gates(model, [site])
+    gates.values[site.name] = torch.ones(site.units)
+    parameter = layer.weight
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(900, site.units + 1))
+    assert layer.weight is parameter
+    gates.remove()

@@ -37,6 +37,17 @@ def test_asked_is_got_and_the_given_model_is_not_changed(tiny, inputs_for, name,
     assert stages["pruned"]["macs"] < stages["dense"]["macs"]
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "vit", "clip", "wav2vec2"])
+def test_the_default_recipe_on_every_kind_of_input(tiny, inputs_for, name):
+    batches = [inputs_for(name, s) for s in range(6)]
+    result = compress(tiny(name), recipe(), batches)
+    (entry,) = result.report["pruning"]
+    assert entry["met"]
+    assert entry["refitted"] > 0
+    stages = result.report["stages"]
+    assert stages["pruned"]["macs"] < stages["dense"]["macs"]
+
+
 @pytest.mark.parametrize("criterion", sorted(hf_prune.criteria.CRITERIA))
 @pytest.mark.parametrize("cost", ["parameters", "macs"])
 def test_every_criterion_and_cost(tiny, inputs_for, criterion, cost):

@@ -29,6 +29,16 @@ _ERROR = '''
 class CheckpointError(ValueError):
     """A saved model is damaged, hostile, or does not describe itself."""
 '''
+_CLASS = '''
+
+class {name}(transformers.{name}):
+    """As in transformers."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: weights are renamed on disk as those of the class in transformers are."""
+        return False
+'''
 _DOCSTRING = re.compile(r'\A"""[\s\S]*?"""\n')
 _OURS = re.compile(r"^from hf_prune\.[^\n]*import (?:\([^)]*\)|[^\n]*)\n", re.MULTILINE)
 
@@ -71,7 +81,7 @@ def write_standalone(model: PreTrainedModel, folder: Path) -> None:
                 f"{name} is not a class of transformers: standalone is for those. Save it without, "
                 "and load it with import hf_prune."
             )
-        text += f'\n\nclass {name}(transformers.{name}):\n    """As in transformers."""\n'
+        text += _CLASS.format(name=name)
         for auto in _auto_classes(cls, type(model.config)):
             auto_map.setdefault(auto, f"{MODULE}.{name}")
     (folder / f"{MODULE}.py").write_text(text + "\n\nregister()\n", encoding="utf-8")

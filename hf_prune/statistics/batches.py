@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.errors import DataError, UnsupportedModelError
-from hf_prune.sites import Site
+from hf_prune.errors import DataError
 
 Batch = Mapping[str, Tensor]
 
@@ -33,6 +32,14 @@ def _check_labels(labels: Tensor, classes: int, index: int) -> None:
         )
 
 
+def _vocabulary_size(model: PreTrainedModel) -> int | None:
+    """How many token ids the model knows; None where it does not read any, or does not say."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # models of images and sound, and with several towers
+        return None
+
+
 def check_batch(model: PreTrainedModel, batch: Batch, index: int) -> None:
     """Refuse what would crash or poison a pass, before it runs.
 
@@ -45,8 +52,7 @@ def check_batch(model: PreTrainedModel, batch: Batch, index: int) -> None:
     inputs = main_input(model, batch)
     if inputs.numel() == 0:
         raise DataError(f"batch {index} is empty: its input has shape {list(inputs.shape)}.")
-    embeddings = model.get_input_embeddings()
-    vocabulary = getattr(embeddings, "num_embeddings", None)
+    vocabulary = _vocabulary_size(model)
     if vocabulary and not inputs.is_floating_point():
         bad = (inputs < 0) | (inputs >= vocabulary)
         if bad.any():
@@ -116,21 +122,6 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def check_one_sequence(model: PreTrainedModel, sites: Sequence[Site], what: str) -> None:
-    """Refuse what only holds for one sequence of tokens that all layers see.
-
-    Raises:
-        UnsupportedModelError: for encoder-decoders, images and sound, naming `what` was asked for.
-    """
-    stacks = {site.stack for site in sites}
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder or len(stacks) > 1:
-        raise UnsupportedModelError(
-            f"{what} needs a model that reads one sequence of token ids; {model.config.model_type} "
-            "reads something else, or several. Use a criterion without it, such as 'taylor' or "
-            "'magnitude', and reconstruct: false."
-        )
-
-
 def by_token(values: Tensor, mask: Tensor) -> Tensor:
     """The rows of real tokens, `[real tokens, N]`, of `[B, T, N]`, or of `[B * T, N]`."""
     if values.ndim == 2:
@@ -148,20 +139,67 @@ def token_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
     return mask.bool()
 
 
+def sequence_mask(model: PreTrainedModel, batch: Batch, module: str, like: Tensor) -> Tensor:
+    """True for the real ones of the tokens that a module sees, `[B, T]`.
+
+    A decoder reads another sequence than its encoder, a tower of images another than one of text.
+    What is neither padded nor told about is real: patches of an image, frames of sound.
+
+    Args:
+        model: whose batch it is.
+        batch: with `attention_mask`, and of encoder-decoders `decoder_attention_mask`, or labels of
+            which -100 is padding.
+        module: dotted path of the module from the base model.
+        like: what the module sees or gives, `[B, T, E]` or `[B * T, E]`.
+
+    Raises:
+        DataError: when there is padding, and it cannot be told where the module sees it.
+    """
+    examples = main_input(model, batch).shape[0]
+    tokens = like.numel() // like.shape[-1] // examples
+    parts = module.split(".")
+    decoder = bool(model.config.is_encoder_decoder) and "decoder" in parts
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if decoder and mask is None and "labels" in batch and batch["labels"].ndim == 2:
+        mask = batch["labels"] != -100
+    if mask is not None and mask.shape == (examples, tokens) and "vision_model" not in parts:
+        return mask.bool()
+    told = mask is not None and not bool(mask.bool().all()) and "vision_model" not in parts
+    if told and not decoder:
+        raise DataError(
+            f"{module} sees {tokens} tokens, and the attention mask of shape "
+            f"{list(mask.shape)} does not say which of them are padding. Pass examples of one "  # type: ignore[union-attr]  # told
+            "length, without a mask."
+        )
+    return torch.ones(examples, tokens, dtype=torch.bool, device=like.device)
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether the logits at `t` predict the label at `t + 1`.
+
+    Masked language models and those with encoder and decoder predict the label at `t` itself.
+    """
+    speaks = model.get_output_embeddings() is not None
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    return speaks and not masked and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def counted_positions(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """True where the logits predict a label: `[B]`, or `[B, T]`.
 
     In causal language models the logits at `t` predict the label at `t + 1`.
     """
     counted = labels != -100
-    causal = model.get_output_embeddings() is not None
-    if causal and not type(model).__name__.endswith("ForMaskedLM") and labels.ndim == 2:
+    if is_causal_lm(model) and labels.ndim == 2:
         counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
     return counted
 
 
 def forward_kwargs(model: PreTrainedModel, batch: Batch, *, labels: bool) -> dict[str, Any]:
     """What to call the model with: no cache, and labels only where they are wanted."""
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
+    if model.config.is_encoder_decoder and not given and "labels" in batch:
+        labels = labels or batch["labels"].ndim == 2  # from which the decoder's input is made
     kwargs: dict[str, Any] = {
         name: value for name, value in batch.items() if labels or name != "labels"
     }

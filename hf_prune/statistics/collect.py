@@ -16,13 +16,14 @@ from hf_prune.gates import Gates, attach_gates
 from hf_prune.sites import Site, base_model, projection
 from hf_prune.statistics.batches import (
     Batch,
+    by_token,
     counted_positions,
     forward_kwargs,
     main_input,
+    sequence_mask,
     to_device,
-    token_mask,
 )
-from hf_prune.statistics.projection import logits_of, project_logits
+from hf_prune.statistics.projection import project_output
 
 Statistics = dict[str, dict[str, Tensor]]
 """By site, then by name of the statistic."""
@@ -40,6 +41,8 @@ PROJECTED = PROJECTED_GATES | CURVATURE
 """All that is a mean over random projections."""
 INPUTS = frozenset({"input_norm", "input_gram"})
 """Read off the inputs of a projection, without any gradient."""
+TOKENS = "tokens"
+"""Under this name the real tokens that a site has seen are counted."""
 SEED_STEP = 1_000_003
 """Between the seeds of the random projections of one example."""
 
@@ -58,7 +61,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.values: Statistics = {}
-        self.counts = torch.zeros(2, dtype=torch.float64)  # examples, tokens
+        self.examples = 0
 
     def add(self, site: str, name: str, value: Tensor) -> None:
         sums = self.values.setdefault(site, {})
@@ -98,12 +101,6 @@ class _Seen:
         self.outputs.clear()
 
 
-def _real_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """The real tokens, `[tokens, N]`; all of them where the mask is of another sequence."""
-    flat = values.reshape(-1, values.shape[-1])  # [B, T, N] -> [B * T, N]
-    return flat[mask.flatten()] if mask.numel() == len(flat) else flat
-
-
 @dataclass
 class _Pass:
     """One pass over calibration data: what is asked for, and what has been summed so far."""
@@ -135,20 +132,26 @@ class _Pass:
     def add(self, batch: Batch) -> None:
         """Run one batch and add what it says."""
         batch = to_device(batch, self.model.device)
-        mask, examples = token_mask(self.model, batch), main_input(self.model, batch).shape[0]
-        self.sums.counts += torch.tensor([examples, int(mask.sum())])
+        examples = main_input(self.model, batch).shape[0]
+        self.sums.examples += examples
         self.seen.clear()
         if self.loss or self.projection:
-            self._add_gradients(batch, mask, examples)
+            self._add_gradients(batch, examples)
         else:
             with torch.no_grad():
                 self.model(**forward_kwargs(self.model, batch, labels=False))
-        self._add_inputs(mask)
+        self._add_inputs(batch)
 
-    def _add_inputs(self, mask: Tensor) -> None:
+    def _real_tokens(self, batch: Batch, site: Site, values: Tensor) -> Tensor:
+        """The real tokens of what a site sees or gives, `[tokens, N]`, in float32."""
+        mask = sequence_mask(self.model, batch, site.layer_module, values)
+        return by_token(values, mask).float()
+
+    def _add_inputs(self, batch: Batch) -> None:
         for site in self.sites if self.names & INPUTS else ():
             for inputs in self.seen.inputs[site.name]:
-                tokens = _real_tokens(inputs, mask).float()  # [tokens, U * D]
+                tokens = self._real_tokens(batch, site, inputs)  # [tokens, U * D]
+                self.sums.add(site.name, TOKENS, torch.tensor(float(len(tokens))))
                 if "input_norm" in self.names:
                     squares = tokens.square().sum(dim=0, dtype=torch.float64)
                     squares = squares.view(site.units, site.gate.width)  # [U, D]
@@ -156,20 +159,17 @@ class _Pass:
                 if "input_gram" in self.names:
                     self.sums.add(site.name, "input_gram", tokens.T @ tokens)
 
-    def _targets(self, batch: Batch, mask: Tensor, output: Any) -> Iterator[tuple[str, Tensor]]:
+    def _targets(self, batch: Batch, output: Any) -> Iterator[tuple[str, Tensor]]:
         """What is differentiated: the loss, and then each random projection of the logits."""
         if self.loss:
             counted = counted_positions(self.model, batch["labels"])
             yield "loss", output.loss * counted.sum()  # the loss is a mean: undo it
         if self.projection:
-            logits, inputs = logits_of(output), main_input(self.model, batch)
-            head = self.model.get_output_embeddings()
             for turn in range(self.projections):
                 seed = self.seed + turn * SEED_STEP
-                projected = project_logits(logits, inputs, mask, seed, language=head is not None)
-                yield "projection", projected.sum()
+                yield "projection", project_output(self.model, batch, output, seed).sum()
 
-    def _add_gradients(self, batch: Batch, mask: Tensor, examples: int) -> None:
+    def _add_gradients(self, batch: Batch, examples: int) -> None:
         if self.loss and "labels" not in batch:
             raise DataError(
                 "the criterion needs the gradient of the loss, and the calibration batches have no "
@@ -188,7 +188,7 @@ class _Pass:
             counted = counted_positions(self.model, batch["labels"]).view(examples, -1)
             per_example = counted.sum(dim=1).clamp(min=1)  # [B]
         last = self.loss + self.projection * self.projections - 1
-        for turn, (kind, target) in enumerate(self._targets(batch, mask, output)):
+        for turn, (kind, target) in enumerate(self._targets(batch, output)):
             found = torch.autograd.grad(
                 target, [*leaves, *outputs], retain_graph=turn < last, allow_unused=True
             )
@@ -198,7 +198,7 @@ class _Pass:
             ]
             scale = 1 / per_example if kind == "loss" else torch.ones_like(per_example)
             self._add_gates(kind, gradients[: len(leaves)], scale)
-            self._add_outputs(kind, gradients[len(leaves) :], mask, scale)
+            self._add_outputs(kind, gradients[len(leaves) :], batch, scale)
 
     def _add_gates(self, kind: str, gradients: Sequence[Tensor], scale: Tensor) -> None:
         """Statistics of `[B, 1, U]` gradients, one example at a time."""
@@ -216,7 +216,7 @@ class _Pass:
                     self.sums.add(name, statistic, function(values))
 
     def _add_outputs(
-        self, kind: str, gradients: Sequence[Tensor], mask: Tensor, scale: Tensor
+        self, kind: str, gradients: Sequence[Tensor], batch: Batch, scale: Tensor
     ) -> None:
         """Statistics of the gradients of outputs, `[B, T, E]` for each call of each projection."""
         waiting = iter(gradients)
@@ -226,7 +226,7 @@ class _Pass:
             calls = [(x, next(waiting)) for x, _ in zip(inputs_seen, outputs, strict=False)]
             if kind == "projection" and self.names & CURVATURE:
                 for inputs, gradient in calls:
-                    x, g = _real_tokens(inputs, mask).float(), _real_tokens(gradient, mask).float()
+                    x, g = (self._real_tokens(batch, site, v) for v in (inputs, gradient))
                     weight = g.square().sum(dim=1, keepdim=True)  # [tokens, 1]
                     self.sums.add(site.name, "hessian", (x * weight).T @ x)
                     self.sums.add(site.name, "output_gradient", g.T @ g)
@@ -302,11 +302,16 @@ def collect(
     finally:
         run.close()
         model.train(training)
-    examples, tokens = sum_over_processes(run.sums.counts.to(model.device)).tolist()
+    counted = torch.tensor(float(run.sums.examples), dtype=torch.float64, device=model.device)
+    examples = float(sum_over_processes(counted))
     if not examples:
         raise DataError("the calibration set is empty: no batch was given.")
     result: Statistics = {site.name: {} for site in sites}
     for site in sites:
+        tokens = 1.0
+        if data & INPUTS:
+            counted = run.sums.values[site.name].pop(TOKENS).to(model.device)
+            tokens = float(sum_over_processes(counted))
         for name in sorted(data):
             value = run.sums.values[site.name].pop(name).to(model.device)
             mean = _mean(name, sum_over_processes(value).cpu(), examples, tokens, projections)

@@ -1,17 +1,27 @@
 """Random projections of what a model says: one number per example, whose gradient is curvature."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_prune.statistics.batches import example_seed
+from hf_prune.statistics.batches import (
+    Batch,
+    example_seed,
+    main_input,
+    sequence_mask,
+    token_mask,
+)
 
 
 def logits_of(output: Any) -> Tensor:
     """What a model says: its logits, start and end logits together, or its hidden states."""
     if getattr(output, "logits", None) is not None:
         result = output.logits
+    elif getattr(output, "logits_per_image", None) is not None:
+        result = output.logits_per_image  # [images, texts]
     elif getattr(output, "start_logits", None) is not None:
         result = torch.stack([output.start_logits, output.end_logits], dim=-1)  # [B, T, 2]
     else:
@@ -39,15 +49,14 @@ def _directions(values: Tensor, generator: torch.Generator, *, language: bool) -
 
 
 def project_logits(
-    logits: Tensor, inputs: Tensor, mask: Tensor, seed: int, *, language: bool = False
+    logits: Tensor, seeds: Sequence[int], mask: Tensor | None = None, *, language: bool = False
 ) -> Tensor:
-    """A random projection of the logits of each example, `[B]`, drawn from its content.
+    """A random projection of the logits of each example, `[B]`.
 
     Args:
-        logits: `[B, C]`, or `[B, T, C]`, of which only real tokens count.
-        inputs: `[B, T]` token ids, from which the signs are seeded.
-        mask: `[B, T]`, True for real tokens.
-        seed: of the whole run.
+        logits: `[B, C]`, or `[B, T, C]`.
+        seeds: of the examples, from `example_seed`.
+        mask: `[B, T]`, True for tokens that count; of logits for each token.
         language: whether classes are the entries of a vocabulary, most of them impossible: then
             each is weighted by its probability.
 
@@ -55,10 +64,30 @@ def project_logits(
         `[B]`: the sum of `v * z`.
     """
     result = []
-    for row in range(logits.shape[0]):
-        generator = torch.Generator().manual_seed(example_seed(inputs[row], mask[row], seed))
+    for row, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
         values = logits[row].float()
-        if values.ndim == 2 and values.shape[0] == mask.shape[1]:
-            values = values[mask[row]]  # [T, C] -> [real tokens, C]
+        if mask is not None:
+            values = values[mask[row]]  # [T, C] -> [tokens that count, C]
         result.append((values * _directions(values, generator, language=language)).sum())
     return torch.stack(result)
+
+
+def project_output(model: PreTrainedModel, batch: Batch, output: Any, seed: int) -> Tensor:
+    """A random projection of what a model says of each example, `[B]`.
+
+    The direction is drawn from the content of the example, so that it depends neither on its batch
+    nor on its process. Padding does not count.
+
+    Args:
+        model: that gave the output.
+        batch: on its device.
+        output: with graph.
+        seed: of the whole run.
+    """
+    logits = logits_of(output)
+    rows = zip(main_input(model, batch), token_mask(model, batch), strict=True)
+    seeds = [example_seed(row, real, seed) for row, real in rows]
+    mask = sequence_mask(model, batch, "decoder", logits) if logits.ndim == 3 else None
+    language = model.get_output_embeddings() is not None
+    return project_logits(logits, seeds, mask, language=language)

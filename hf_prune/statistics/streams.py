@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_prune.sites import Site, base_model, projection
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.batches import Batch, forward_kwargs, sequence_mask, to_device
 
 
 @dataclass
@@ -101,7 +101,8 @@ def start_streams(
             dense(**forward_kwargs(dense, batch, labels=False))
         first = record[layers[0]][0]
         calls = {name: call for name, (_, call) in record.items()}
-        streams.append(Stream(token_mask(dense, batch), first, first.to(pruned.device), calls))
+        mask = sequence_mask(dense, batch, layers[0], first)
+        streams.append(Stream(mask, first, first.to(pruned.device), calls))
     return streams
 
 

@@ -354,9 +354,38 @@ def resolve(base: nn.Module, name: str) -> nn.Module:
     try:
         return base.get_submodule(name.removeprefix("/"))
     except AttributeError as error:
-        raise CheckpointError(
-            f"{KEY} names {name!r}, and {type(base).__name__} has no such module."
-        ) from error
+        raise _no_module(base, name) from error
+
+
+def _no_module(base: nn.Module, name: str) -> CheckpointError:
+    return CheckpointError(f"{KEY} names {name!r}, and {type(base).__name__} has no such module.")
+
+
+class _Modules:
+    """The modules of a model by the paths of a description, looked up once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.inside = dict(model.base_model.named_modules(remove_duplicate=False))
+        self.outside: dict[str, nn.Module] = {}
+
+    def __getitem__(self, name: str) -> nn.Module:
+        table: dict[str, nn.Module] = self.inside
+        root: nn.Module = self.model.base_model
+        if name.startswith("/"):  # a path from the whole model
+            self.outside = self.outside or dict(self.model.named_modules(remove_duplicate=False))
+            table, root = self.outside, self.model
+        found = table.get(name.removeprefix("/"))
+        if found is None:
+            raise _no_module(root, name)
+        return found
+
+    def here(self, shapes: Mapping[str, Any], table: str) -> dict[str, Any]:
+        """The entries of a table, without those of a task head that this model does not have."""
+        entries: dict[str, Any] = shapes.get(table, {})
+        if self.model.base_model is not self.model:
+            return entries
+        return {name: entry for name, entry in entries.items() if not name.startswith("/")}
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
@@ -387,9 +416,9 @@ def _check_attribute(name: str, module: nn.Module, attribute: str, value: int) -
         raise CheckpointError(f"{name}.{attribute} = {value} is larger than the model's {current}.")
 
 
-def _check_parameter(base: nn.Module, name: str, sizes: list[int]) -> None:
+def _check_parameter(modules: _Modules, name: str, sizes: list[int]) -> None:
     path, _, last = name.rpartition(".")
-    parameter = resolve(base, path)._parameters.get(last)
+    parameter = modules[path]._parameters.get(last)
     if parameter is None:
         raise CheckpointError(f"{KEY} names {name!r}, and the model has no such parameter.")
     has = list(parameter.shape)
@@ -430,33 +459,21 @@ def _check_no_heads(name: str, module: nn.Module, entry: Mapping[str, Any]) -> N
         )
 
 
-def _check_all(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
+def _check_all(modules: _Modules, shapes: Mapping[str, Any]) -> None:
     check_shapes(shapes)
-    base, attributes = model.base_model, shapes.get("attributes", {})
-    for name, entry in _here(model, shapes, "modules").items():
-        _check_module(name, resolve(_root(model, name), name), entry)
+    attributes = shapes.get("attributes", {})
+    for name, entry in modules.here(shapes, "modules").items():
+        _check_module(name, modules[name], entry)
     for name, entry in attributes.items():
-        holder = resolve(base, name)
+        holder = modules[name]
         for attribute, value in entry.items():
             _check_attribute(name, holder, attribute, value)
-    for name, sizes in _here(model, shapes, "parameters").items():
-        _check_parameter(_root(model, name), name, sizes)
+    for name, sizes in modules.here(shapes, "parameters").items():
+        _check_parameter(modules, name, sizes)
     for name, entry in shapes.get("heads", {}).items():
-        _check_kept(name, resolve(base, name), entry, attributes.get(name, {}))
+        _check_kept(name, modules[name], entry, attributes.get(name, {}))
     for name, entry in shapes.get("empty", {}).items():
-        _check_no_heads(name, resolve(base, name), entry)
-
-
-def _root(model: PreTrainedModel, name: str) -> nn.Module:
-    """What a path begins at: the whole model for `/classifier`, else the base model."""
-    return model if name.startswith("/") else model.base_model
-
-
-def _here(model: PreTrainedModel, shapes: Mapping[str, Any], table: str) -> dict[str, Any]:
-    """The entries of a table, without those of a task head that this model does not have."""
-    alone = model.base_model is model
-    entries = shapes.get(table, {}).items()
-    return {name: entry for name, entry in entries if not (alone and name.startswith("/"))}
+        _check_no_heads(name, modules[name], entry)
 
 
 def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
@@ -467,24 +484,21 @@ def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: naming the key that is wrong.
     """
-    _check_all(model, shapes)
-    base = model.base_model
-    for name, entry in _here(model, shapes, "modules").items():
-        _resize_(resolve(_root(model, name), name), entry["out"], entry["in"])
-    for name, sizes in _here(model, shapes, "parameters").items():
+    modules = _Modules(model)
+    _check_all(modules, shapes)
+    for name, entry in modules.here(shapes, "modules").items():
+        _resize_(modules[name], entry["out"], entry["in"])
+    for name, sizes in modules.here(shapes, "parameters").items():
         path, _, last = name.rpartition(".")
-        module = resolve(_root(model, name), path)
-        old = module._parameters[last]
-        assert old is not None  # noqa: S101  # checked
-        setattr(module, last, nn.Parameter(old.new_empty(sizes), requires_grad=old.requires_grad))
-        update_sizes_(module)
+        _renew_(modules[path], last, tuple(sizes))
+        update_sizes_(modules[path])
     for name, entry in shapes.get("attributes", {}).items():
         for attribute, value in entry.items():
-            set_attribute_(base.get_submodule(name), attribute, value)
+            set_attribute_(modules[name], attribute, value)
     for name, entry in shapes.get("heads", {}).items():
-        keep_heads_(base.get_submodule(name), entry["bias"], list(entry["kept"]))
+        keep_heads_(modules[name], entry["bias"], list(entry["kept"]))
     for name, entry in shapes.get("empty", {}).items():
-        empty_(base.get_submodule(name), entry["kind"], entry["out"], cross=entry["cross"])
+        empty_(modules[name], entry["kind"], entry["out"], cross=entry["cross"])
 
 
 def update_sizes_(module: nn.Module) -> None:
@@ -501,12 +515,15 @@ def update_sizes_(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
+def _renew_(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Give a parameter another size, uninitialised, where it is now."""
+    old = module._parameters[name]
+    if old is not None and old.shape != shape:
+        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
 def _resize_(module: nn.Module, out: int, inputs: int) -> None:
-    """Give a layer uninitialised weights of another size, where its weights are now."""
-    old = module.weight
-    assert isinstance(old, Tensor)  # noqa: S101  # checked by _check_module
-    shape = (inputs, out) if isinstance(module, Conv1D) else (out, inputs)
-    module.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-    if isinstance(module.bias, Tensor):
-        module.bias = nn.Parameter(module.bias.new_empty(out), requires_grad=old.requires_grad)
+    _renew_(module, "weight", (inputs, out) if isinstance(module, Conv1D) else (out, inputs))
+    _renew_(module, "bias", (out,))
     update_sizes_(module)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
-from hf_prune.statistics.batches import Batch, by_token, check_one_sequence
+from hf_prune.statistics.batches import Batch, by_token
 from hf_prune.statistics.moments import Moments, fit_checked
 from hf_prune.statistics.streams import (
     Seen,
@@ -82,10 +82,9 @@ def dense_targets(dense: PreTrainedModel, batches: Sequence[Batch]) -> DenseTarg
         batches: calibration batches. Labels are not used.
 
     Raises:
-        UnsupportedModelError: for encoder-decoders, shared layers, images and sound.
+        UnsupportedModelError: for layers that run several times.
     """
     sites, base = find_sites(dense), base_model(dense)
-    check_one_sequence(dense, sites, "reconstruction")
     if any(site.runs > 1 for site in sites):
         raise UnsupportedModelError(
             f"{dense.config.model_type} runs its layers several times, and reconstruction fits "

@@ -21,6 +21,7 @@ from hf_prune.training.interrupt import Interrupt
 from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.rewind import PREFIX, restore_, snapshot
 from hf_prune.training.schedule import bounds, is_due, share
+from hf_prune.training.sharded import refuse_sharded
 from hf_prune.training.state import checkpoint_of, read_state, write_state
 from hf_prune.training.structure import (
     StructuredPruning,
@@ -51,10 +52,7 @@ def _pruning(stage: Prune, seed: int) -> StructuredPruning | LearnedPruning | We
 
 
 def _check_arguments(args: Any, stage: Prune) -> None:
-    if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-        raise ConfigError(
-            "PruneCallback does not support FSDP or DeepSpeed yet: use one process or DDP."
-        )
+    refuse_sharded(args, "PruneCallback")
     if getattr(args, "fp16", False) and stage.masks != "scored":
         raise ConfigError(
             "learned masks read gradients before float16's loss scale is taken off: use bf16."

@@ -11,10 +11,16 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.recipe import Distill, Train, explain
-from hf_prune.statistics.batches import counted_positions, main_input, token_mask
+from hf_prune.statistics.batches import (
+    counted_positions,
+    is_causal_lm,
+    main_input,
+    token_mask,
+)
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.training.losses import distillation_loss
 from hf_prune.training.projection import Projections
+from hf_prune.training.sharded import refuse_sharded
 from hf_prune.training.state import checkpoint_of, read_state, write_state
 from hf_prune.training.taps import attach_taps, check_plain_attention, real_tokens
 from hf_prune.training.teacher import CachedLogits, check_teacher, teacher_inputs
@@ -45,15 +51,6 @@ def distribution(output: Any) -> Tensor:
         logits: Tensor = output["logits"]
         return logits
     return torch.cat([output["start_logits"], output["end_logits"]])
-
-
-def honours_items(model: PreTrainedModel) -> bool:
-    """Whether the model's loss is a sum over tokens divided by `num_items_in_batch`.
-
-    That is what causal language models do; other heads take a mean whatever they are told.
-    """
-    causal = model.get_output_embeddings() is not None
-    return causal and not type(model).__name__.endswith("ForMaskedLM")
 
 
 class DistillCallback(TrainerCallback):
@@ -99,6 +96,7 @@ class DistillCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the teacher to the student's loss."""
+        refuse_sharded(args, "DistillCallback")
         self._attach(kwargs["model"])
         if state is not None and state.global_step > 0:
             self._resume(checkpoint_of(args, state, self.resume_from))
@@ -195,7 +193,7 @@ class DistillCallback(TrainerCallback):
             if isinstance(self.teacher, CachedLogits):
                 mask = token_mask(student, kwargs)
                 return self.teacher(main_input(student, kwargs), mask, like)
-            return distribution(self.teacher(*args, **teacher_inputs(kwargs)))
+            return distribution(self.teacher(*args, **teacher_inputs(self.teacher, kwargs)))
 
     def _add_loss(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -205,7 +203,8 @@ class DistillCallback(TrainerCallback):
         labels = kwargs.get("labels")
         logits = distribution(output)
         teacher = self._teacher_logits(module, args, kwargs, logits)
-        items = kwargs.get("num_items_in_batch") if honours_items(module) else None
+        # Causal language models divide a sum by the number of items; others take a mean.
+        items = kwargs.get("num_items_in_batch") if is_causal_lm(module) else None
         counted = None
         if logits.ndim == 3:
             counted = (

@@ -49,9 +49,16 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             )
 
 
-def teacher_inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the student was called with, without what is not for the teacher."""
-    return {name: value for name, value in kwargs.items() if name not in _NOT_FOR_THE_TEACHER}
+def teacher_inputs(teacher: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the student was called with, without what is not for the teacher.
+
+    Models with encoder and decoder make the decoder's inputs from the labels: they get them.
+    """
+    found = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_THE_TEACHER}
+    both = getattr(teacher.config, "is_encoder_decoder", False)
+    if both and "labels" in kwargs and "decoder_input_ids" not in kwargs:
+        found["labels"] = kwargs["labels"]
+    return found
 
 
 def _keys(inputs: Tensor, mask: Tensor) -> list[bytes]:

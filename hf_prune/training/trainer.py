@@ -2,7 +2,7 @@
 
 from transformers import Trainer, TrainerCallback
 
-from hf_prune.training.distill import honours_items
+from hf_prune.statistics.batches import is_causal_lm
 
 
 def prepare_trainer(trainer: Trainer) -> Trainer:
@@ -17,7 +17,7 @@ def prepare_trainer(trainer: Trainer) -> Trainer:
         The same trainer.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not honours_items(model) and trainer.compute_loss_func is None:
+    if not is_causal_lm(model) and trainer.compute_loss_func is None:
         trainer.model_accepts_loss_kwargs = False
     callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
     ours = [

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError, NumericsError
-from hf_prune.statistics.batches import forward_kwargs, main_input, to_device, token_mask
+from hf_prune.statistics.batches import forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.projection import project_logits
+from hf_prune.statistics.projection import project_output
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.walk import Inputs, call_model
 
@@ -26,11 +26,11 @@ def output_tensor(value: object) -> Tensor:
 
 def projected(model: nn.Module, batch: Inputs, seed: int) -> Tensor:
     """A random projection of the outputs of each example, summed."""
-    output = output_tensor(call_model(model, batch))
     if isinstance(model, PreTrainedModel) and isinstance(batch, Mapping):
         moved = to_device(batch, model.device)
-        mask = token_mask(model, moved)
-        return project_logits(output, main_input(model, moved), mask, seed).sum()
+        output = model(**forward_kwargs(model, moved, labels=False))
+        return project_output(model, moved, output, seed).sum()
+    output = output_tensor(call_model(model, batch))
     signs = torch.randint(
         2, output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int64
     )

@@ -42,7 +42,9 @@ def no_hook(monkeypatch, tmp_path):
     AUTO_QUANTIZER_MAPPING.pop("hf_prune", None)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "phi3", "mixtral", "t5", "vit"])
+@pytest.mark.parametrize(
+    "name", ["bert", "distilbert", "gpt2", "gpt_neox", "phi3", "mixtral", "t5", "vit"]
+)
 def test_loads_by_its_own_module(name, saved, no_hook, inputs_for, logits):
     model, folder = saved(name)
     batch = inputs_for(name)

@@ -8,7 +8,7 @@ from hf_prune.criteria import STATISTICS, needs
 from hf_prune.errors import DataError, NumericsError
 from hf_prune.gates import attach_gates
 from hf_prune.sites import base_model, find_sites, projection
-from hf_prune.statistics.batches import example_seed
+from hf_prune.statistics.batches import example_seed, sequence_mask
 from hf_prune.statistics.collect import SEED_STEP, collect
 from hf_prune.statistics.projection import _directions, project_logits
 
@@ -109,6 +109,41 @@ def test_gate_gradients_of_every_input(name, tiny, inputs_for):
     assert all(found[s.name]["gate_grad"].max() > 0 for s in sites)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "vit", "wav2vec2", "clip"])
+def test_curvature_of_every_input(name, tiny, inputs_for):
+    """Encoder-decoders, images and sound: each site counts the tokens that it really sees."""
+    model, batch = tiny(name), inputs_for(name)
+    sites, base, seen = find_sites(model), base_model(model), {}
+    for site in sites:
+        projection(base, site.gate.module).register_forward_hook(
+            lambda _, args, output, key=site.name: seen.update({key: args[0].detach()})
+        )
+    keys = ["input_gram", "hessian", "output_gradient"]
+    found = collect(model, sites, [batch], keys)
+    for site in sites:
+        values = seen[site.name].unflatten(0, (len(next(iter(batch.values()))), -1))
+        values = values.flatten(1, -2)  # [B, T, N]
+        mask = sequence_mask(model, batch, site.layer_module, values)
+        assert mask.shape == values.shape[:2]
+        tokens = values[mask].double()
+        expected = tokens.T @ tokens / len(tokens)
+        torch.testing.assert_close(found[site.name]["input_gram"], expected, atol=1e-5, rtol=1e-4)
+        assert found[site.name]["hessian"].diagonal().max() > 0
+        assert found[site.name]["output_gradient"].trace() == pytest.approx(1)
+
+
+def test_a_decoder_has_padding_of_its_own(tiny, inputs_for):
+    model, batch = tiny("t5"), inputs_for("t5")
+    batch["labels"][0, 4:] = -100
+    like = torch.zeros(4, 7, 3)
+    mask = sequence_mask(model, batch, "decoder.block.0", like)
+    assert mask.sum(dim=1).tolist() == [4, 7, 7, 7]
+    encoder = sequence_mask(model, batch, "encoder.block.0", torch.zeros(4, 9, 3))
+    assert torch.equal(encoder, batch["attention_mask"].bool())
+    with pytest.raises(DataError, match="does not say which of them are padding"):
+        sequence_mask(model, batch, "encoder.block.0", torch.zeros(4, 5, 3))
+
+
 @families
 def test_input_norm_against_a_loop(name, tiny, inputs_for):
     model, batch = tiny(name), inputs_for(name)
@@ -195,13 +230,14 @@ def test_seed_changes_the_projection(tiny, inputs_for):
 
 
 def test_projection_is_blind_to_a_constant():
-    ids = torch.arange(6).view(2, 3)
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    logits = torch.randn(2, 3, 5)
-    one = project_logits(logits, ids, mask, 0)
-    torch.testing.assert_close(project_logits(logits + 3, ids, mask, 0), one, atol=1e-4, rtol=0)
+    mask, logits = torch.tensor([[True, True, True], [True, False, True]]), torch.randn(2, 3, 5)
+    one = project_logits(logits, [0, 1], mask)
+    torch.testing.assert_close(project_logits(logits + 3, [0, 1], mask), one, atol=1e-4, rtol=0)
     assert one.shape == (2,)
-    assert project_logits(torch.randn(2, 1), ids, mask, 0).abs().min() > 0
+    changed = logits.clone()
+    changed[1, 1] = 50.0
+    assert torch.equal(project_logits(changed, [0, 1], mask), one), "padding does not count"
+    assert project_logits(torch.randn(2, 1), [0, 1]).abs().min() > 0
 
 
 def test_nothing_is_run_for_nothing(tiny):

@@ -246,3 +246,21 @@ def test_recomputed_attention_maps_are_those_of_the_model(tiny, inputs_for, name
         torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=0)
     for layer in range(taps.layers):
         torch.testing.assert_close(taps.hidden[layer], output.hidden_states[layer])
+
+
+def test_a_model_with_encoder_and_decoder_is_taught_by_its_logits(tiny, inputs_for):
+    """Its logits at t are of the label at t: nothing is shifted, and the last one counts."""
+    student, teacher, batch = still(tiny("t5")).train(), tiny("t5"), inputs_for("t5")
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    callback = DistillCallback(teacher, alpha=1.0)
+    callback.on_train_begin(None, None, None, model=student)
+    output = student(**batch)
+    with torch.no_grad():
+        logits = teacher(**batch).logits
+    counted = batch["labels"] != -100
+    expected = distillation_loss(output.logits, logits, 2.0, counted)
+    torch.testing.assert_close(output.loss, expected)
+    with pytest.raises(ConfigError, match="taught by their logits only"):
+        DistillCallback(teacher, hidden=1.0).on_train_begin(None, None, None, model=student)

@@ -259,3 +259,28 @@ def test_what_is_logged(tiny, tmp_path, kind):
     heads = sum(len(s.kept) for s in callback.plan.sites.values() if s.kind == "heads")
     assert logs[-1]["prune/kept_heads"] == heads
     assert 0 < logs[-1]["prune/macs"] < logs[0]["prune/macs"] or kind == "l0"
+
+
+def test_trials_of_a_search_share_nothing(tiny, tmp_path):
+    """Each trial starts with all gates open, and its states lie in its own folder."""
+    pytest.importorskip("optuna")
+    callback, seen = PruneCallback(recipe()), []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(callback.selection)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.append(callback.plan.fingerprint())
+
+    job = trainer(tiny("bert"), tmp_path, callback, Look(), eval_strategy="steps", eval_steps=6)
+    job.model_init = lambda trial=None: tiny("bert")
+    best = job.hyperparameter_search(
+        hp_space=lambda trial: {"seed": trial.suggest_categorical("seed", [3])},
+        n_trials=2,
+        backend="optuna",
+    )
+    assert best.objective > 0
+    assert seen[0] is seen[2] is None
+    assert callback.selection.met
+    assert last_checkpoint(tmp_path / "run-1").endswith("checkpoint-12")

@@ -6,6 +6,7 @@ from test_resume import recipe, trainer
 from transformers import TrainerCallback
 
 from hf_prune import DistillCallback, PruneCallback, prepare_trainer
+from hf_prune.errors import ConfigError
 
 
 def still(model):
@@ -64,3 +65,13 @@ def test_trackers_see_our_figures(tiny, tmp_path):
 def test_language_models_keep_their_own_count(tiny, tmp_path):
     assert prepare_trainer(trainer(tiny("gpt2"), tmp_path)).model_accepts_loss_kwargs
     assert not prepare_trainer(trainer(tiny("bert"), tmp_path)).model_accepts_loss_kwargs
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_sharded_training_is_refused(tiny, tmp_path, name):
+    for callback in (PruneCallback(recipe()), DistillCallback(tiny("bert"))):
+        job = trainer(tiny("bert"), tmp_path, callback)
+        setattr(job.args, name, "on")
+        kind = type(callback).__name__
+        with pytest.raises(ConfigError, match=f"{kind} does not support FSDP or DeepSpeed"):
+            callback.on_train_begin(job.args, job.state, job.control, model=job.model)

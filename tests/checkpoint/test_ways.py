@@ -1,0 +1,193 @@
+"""Other ways to use a pruned model that was loaded: adapters, int8, compile, export, drafts."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from tinies import auto_class
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from hf_prune.surgery.remove import remove_units
+
+
+@pytest.fixture
+def loaded(tiny, uneven_plan, tmp_path):
+    def make(name, **options):
+        model = tiny(name)
+        remove_units(model, uneven_plan(model))
+        model.save_pretrained(tmp_path / "pruned")
+        return auto_class(name).from_pretrained(tmp_path / "pruned", **options).eval()
+
+    return make
+
+
+def needs(package):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
+
+
+@needs("peft")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of peft's own
+@pytest.mark.parametrize(
+    ("name", "targets"), [("bert", ["query", "dense"]), ("llama", ["q_proj", "down_proj"])]
+)
+def test_lora(name, targets, loaded, inputs_for, tmp_path):
+    """On top, saved and loaded; merged, saved and loaded."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    batch = {key: value for key, value in inputs_for(name).items() if key != "labels"}
+
+    def say(model):
+        with torch.no_grad():
+            return model(**batch).logits
+
+    model = loaded(name)
+    plain = say(model)
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted = get_peft_model(model, settings).eval()
+    expected = say(adapted)
+    assert (expected - plain).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path / "lora")
+    base = auto_class(name).from_pretrained(tmp_path / "pruned")
+    again = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    torch.testing.assert_close(say(again), expected, atol=1e-6, rtol=0)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(say(merged), expected, atol=1e-5, rtol=0)
+    merged.save_pretrained(tmp_path / "merged")
+    last = auto_class(name).from_pretrained(tmp_path / "merged")
+    assert torch.equal(say(last), say(merged))
+
+
+@needs("torchao")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of torchao's own
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_int8_on_top(name, loaded, inputs_for, logits):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, batch = loaded(name), inputs_for(name)
+    expected = logits(model, batch)
+    quantize_(model, Int8WeightOnlyConfig())
+    found = logits(model, batch)
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the compiler's own
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "phi3"])
+def test_compiled_in_one_graph(name, loaded, inputs_for, logits):
+    from tinies import without_labels
+
+    model, batch = loaded(name), inputs_for(name)
+    inputs = {**without_labels(model, batch)}
+    if name != "bert":
+        inputs["use_cache"] = False
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = torch.compile(model, backend="aot_eager")(**inputs).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the exporter's own
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2"])
+def test_exported(name, loaded, inputs_for):
+    model, batch = loaded(name), inputs_for(name)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = {} if name in ("bert", "distilbert") else {"use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {**inputs, **options})
+        found = program.module()(**inputs, **options).logits
+        torch.testing.assert_close(found, model(**inputs, **options).logits, atol=1e-5, rtol=0)
+
+
+def test_a_pruned_draft_gives_the_text_of_the_dense_model(loaded, tiny, inputs_for):
+    """Assisted generation: whatever the draft proposes, the dense model decides."""
+    dense, draft = tiny("llama"), loaded("llama")
+    prompt = {k: v[:1] for k, v in inputs_for("llama").items() if k != "labels"}
+    options = {"max_new_tokens": 10, "do_sample": False}
+    expected = dense.generate(**prompt, **options)
+    found = dense.generate(**prompt, **options, assistant_model=draft)
+    assert torch.equal(found, expected)
+
+
+def test_device_map(loaded, inputs_for, logits, tmp_path):
+    model, batch = loaded("bert"), inputs_for("bert")
+    for device_map in ("cpu", "auto"):
+        placed = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "pruned", device_map=device_map
+        )
+        assert torch.equal(logits(placed, batch), logits(model, batch))
+
+
+def test_pipeline(loaded):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+    classify = pipeline("text-classification", model=loaded("bert"), tokenizer=tokenizer, device=-1)
+    (answer,) = classify("w7 w8 w9")
+    assert answer["label"].startswith("LABEL_")
+    assert 1 / 3 <= answer["score"] <= 1
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index):
+        return {key: value[index] for key, value in self.batch.items()}
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_trainer_resumes_a_pruned_model(name, loaded, inputs_for, tmp_path):
+    """Four steps; or two, and two more by a model loaded from the checkpoint: the same weights.
+
+    The names of ViT's weights on disk differ from those in memory, and the Trainer's own loading
+    leaves such weights as they are, so a model is loaded from the checkpoint first.
+    """
+    data = Rows(inputs_for(name, lengths=(9, 6, 4, 7) * 2))
+    options = {
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "seed": 0,
+    }
+
+    def arguments(steps):
+        return TrainingArguments(str(tmp_path / "run"), max_steps=steps, **options)
+
+    whole = copy.deepcopy(loaded(name))
+    Trainer(whole, arguments(4), train_dataset=data).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = auto_class(name).from_pretrained(checkpoint)
+    Trainer(resumed, arguments(4), train_dataset=data).train(resume_from_checkpoint=str(checkpoint))
+    for (key, ours), theirs in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=key)
+
+
+def test_from_config_is_the_dense_model(loaded, tiny):
+    """A config alone builds full sizes: weights that are pruned do not fit, and that is said."""
+    model = loaded("llama")
+    built = AutoModelForCausalLM.from_config(model.config)
+    assert built.num_parameters() == tiny("llama").num_parameters()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        built.load_state_dict(model.state_dict())
