@@ -66,8 +66,8 @@ def find_dead(model: PreTrainedModel, batch: Batch) -> tuple[Plan, dict[str, Ten
         batch: any valid batch; it is run once, to read constants.
 
     Returns:
-        A plan that removes them, down to the floor of each site; and for each site what its output
-        projection must add to its bias, `[E]`, zero where nothing is to be added.
+        A plan that removes them, but keeps at least one unit of each site; and for each site what
+        its output projection must add to its bias, `[E]`, zero where nothing is to be added.
     """
     sites = [s for s in find_sites(model) if s.runs == 1 and s.multiple == 1 and not s.shared_bias]
     constants = _constants(model, sites, batch)
