@@ -247,7 +247,7 @@ class Prune(_Model):
     """Re-fit the output projections after removal (one-shot only)."""
     ridge: float = Field(default=1e-2, gt=0)
     """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal. Held-out
-    batches choose between a tenth of it, itself and ten times it."""
+    examples choose between a tenth of it, itself and ten times it."""
     reconstruction_samples: int | None = Field(default=None, ge=1)
     """Examples for the re-fit; as many as `calibration_samples`, if not given. More help from about
     85 % sparsity on."""

@@ -146,7 +146,8 @@ def fit_checked(
 
     Args:
         fitted: moments of the tokens to fit.
-        held_out: moments of the others. Without any, the middle one of `ridges` is taken unseen.
+        held_out: moments of the others. Without any, or with nothing else, the middle one of
+            `ridges` is taken unseen.
         weight: the old one, `[outputs, inputs]`.
         bias: `[outputs]`, or None.
         ridges: to choose from, increasing; as in `solve_towards`.
@@ -159,7 +160,7 @@ def fit_checked(
         NumericsError: when inputs or targets were not finite.
     """
     every = fitted.plus(held_out)
-    if not int(held_out.count[0]):
+    if not int(held_out.count[0]) or not int(fitted.count[0]):
         ridge = ridges[len(ridges) // 2]
         return *solve_towards(every, weight, bias, ridge), ridge
     best, chosen = held_out.error(weight, bias), None

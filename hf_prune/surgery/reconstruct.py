@@ -2,7 +2,7 @@
 
 Layer after layer, attention before feed-forward. Each narrowed output projection sees the inputs
 that the already pruned and re-fitted network really gives it, and is fitted to the dense network's
-sum of residual and output, so that it also repairs what earlier sites lost. Some batches are held
+sum of residual and output, so that it also repairs what earlier sites lost. Some examples are held
 out of each fit: they choose the ridge, and whether the fit is kept at all. The walk itself is in
 `statistics.streams`.
 
@@ -23,7 +23,13 @@ from transformers import PreTrainedModel
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
-from hf_prune.statistics.batches import Batch, by_token
+from hf_prune.statistics.batches import (
+    Batch,
+    by_token,
+    example_seed,
+    main_input,
+    token_mask,
+)
 from hf_prune.statistics.moments import Moments, fit_checked
 from hf_prune.statistics.streams import (
     Seen,
@@ -36,7 +42,7 @@ from hf_prune.statistics.streams import (
 )
 
 HELD_OUT_EVERY = 5
-"""Of so many batches the last one is held out of the fits and judges them."""
+"""About one example in so many is held out of the fits and judges them."""
 RIDGE_STEPS = (0.1, 1.0, 10.0)
 """Multiples of the ridge that held-out tokens choose from."""
 MAX_STORED_BYTES = 1 << 30
@@ -64,6 +70,7 @@ class DenseTargets:
         batches: on which it was run.
         streams: how its layers are called, and what enters the first, batch by batch.
         stored: its sums at all sites, batch by batch; None where they need too much memory.
+        held_out: which examples judge the fits, `[B]` for each batch.
     """
 
     dense: PreTrainedModel
@@ -71,6 +78,17 @@ class DenseTargets:
     batches: Sequence[Batch]
     streams: list[Stream]
     stored: list[Sums] | None
+    held_out: list[Tensor]
+
+
+def _held_out(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Which examples of a batch judge the fits, `[B]`.
+
+    Drawn from the content of each, so that it depends neither on its batch nor on its process.
+    """
+    rows = zip(main_input(model, batch), token_mask(model, batch), strict=True)
+    seeds = [example_seed(row, real, 0) for row, real in rows]
+    return torch.tensor([seed % HELD_OUT_EVERY == 0 for seed in seeds])
 
 
 @torch.no_grad()
@@ -103,7 +121,8 @@ def dense_targets(dense: PreTrainedModel, batches: Sequence[Batch]) -> DenseTarg
             held = sum(t.numel() * t.element_size() for sums in stored for t in sums.values())
             if held > MAX_STORED_BYTES:
                 stored = None
-    return DenseTargets(dense, sites, batches, streams, stored)
+    held_out = [_held_out(dense, batch) for batch in batches]
+    return DenseTargets(dense, sites, batches, streams, stored, held_out)
 
 
 @dataclass
@@ -165,8 +184,9 @@ class _Walk:
             inputs, residual = _inputs_and_residual(seen)
             target = sums[index][site.name].to(residual.device) - residual
             mask = stream.mask.to(residual.device)
-            moments = held_out if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
-            moments.add(by_token(inputs, mask), by_token(target, mask))  # [real tokens, .]
+            judges = self.targets.held_out[index].to(residual.device).unsqueeze(1)  # [B, 1]
+            for moments, part in ((held_out, mask & judges), (fitted, mask & ~judges)):
+                moments.add(by_token(inputs, part), by_token(target, part))  # [real tokens, .]
             if last:
                 passed.append(seen)
         bias = None if module.bias is None else module.bias.detach()
@@ -215,7 +235,7 @@ def refit(
         model: after `remove_units`. Evaluated in eval mode and left as it was.
         targets: of the dense model, from `dense_targets`.
         ridge: pull towards the old weights, relative to the mean diagonal of the Gram matrix.
-            Held-out batches choose between a tenth of it, itself, and ten times it.
+            Held-out examples choose between a tenth of it, itself, and ten times it.
         changed: names of the sites to re-fit. All sites from the first narrowed one on, if not
             given: a site that lost nothing still repairs what earlier ones lost.
 

@@ -245,3 +245,15 @@ def test_the_stream_is_the_networks_own(name, case):
         mask = batch["attention_mask"].bool()
         output = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(hidden[mask], output[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_the_split_into_batches_changes_nothing(case):
+    """Which examples judge is drawn from their content."""
+    dense, pruned, batches, _ = case("bert")
+    other = case("bert")[1]
+    whole = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+    parts = [{k: v[i : i + 3] for k, v in whole.items()} for i in range(0, len(whole["labels"]), 3)]
+    reconstruct(pruned, dense, batches)
+    reconstruct(other, dense, parts)
+    for (key, ours), theirs in zip(pruned.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=key)
