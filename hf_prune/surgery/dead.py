@@ -80,7 +80,7 @@ def find_dead(model: PreTrainedModel, batch: Batch) -> tuple[Plan, dict[str, Ten
         values = constants[site.name]
         if module.bias is None:
             still &= (values == 0).cpu() if site.gate.width == 1 else torch.tensor(False)
-        gone = (silent | still).nonzero().flatten().tolist()[: site.units - site.floor]
+        gone = (silent | still).nonzero().flatten().tolist()[: site.units - max(site.floor, 1)]
         if not gone:
             continue
         kept = sorted(set(range(site.units)) - set(gone))
