@@ -7,6 +7,7 @@ parameter name, needs nothing after an optimizer step, and leaves no trace in wh
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,59 @@ def _gated(inputs: Tensor, wide: Tensor) -> Tensor:
     return inputs * wide
 
 
+class _Columns(torch.autograd.Function):
+    """Multiply the columns of a weight, into memory that is kept from step to step.
+
+    Fresh memory for each step would cost ten times as much as the multiplication.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, columns: Tensor, memory: Tensor) -> Tensor:
+        """The product, which lies in `memory`."""
+        ctx.save_for_backward(weight, columns)  # so that a change before backward is an error
+        # not seen as a change: another call with equal weights may be waiting for its backward
+        torch.mul(weight, columns, out=memory.data)
+        return memory.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the weight: zero in closed columns."""
+        _, columns = ctx.saved_tensors
+        gradient = gradients[0]
+        if torch.is_grad_enabled():  # it is to be differentiated again
+            return gradient * columns, None, None
+        return gradient.mul_(columns), None, None  # nobody else has it
+
+
+class _GatedWeight:
+    """A weight with its columns multiplied, in the same memory as long as the gate is the same."""
+
+    def __init__(self) -> None:
+        self.gate: Tensor | None = None
+        self.memory = torch.empty(0)
+
+    def __call__(self, weight: Tensor, wide: Tensor, columns: Tensor) -> Tensor:
+        """The product, with the graph by which gradients reach the weight.
+
+        Args:
+            weight: of the layer.
+            wide: the gate, one number for each column; the same object as long as it is the same.
+            columns: a view of it that multiplies the stored weight.
+        """
+        if wide.requires_grad or not weight.requires_grad or not torch.is_grad_enabled():
+            return weight * columns
+        as_before = wide is self.gate and self.memory.shape == weight.shape
+        if not as_before or self.memory.dtype != weight.dtype:
+            self.gate, self.memory = wide, torch.empty_like(weight, requires_grad=False)
+        return _Columns.apply(weight, columns, self.memory)  # type: ignore[no-any-return]
+
+
 def _linear_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableHandle]:
     """Multiply the input of a linear layer, or its weight where that is the smaller of the two.
 
     Both give the same output and the same gradients.
     """
-    expand, kept = _Wide(site.gate.width), []
+    expand, product, kept = _Wide(site.gate.width), _GatedWeight(), []
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         gate = None if module.training else gates.evaluation.get(site.name)
@@ -87,7 +135,7 @@ def _linear_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableH
             return (_gated(inputs, expand(gate, inputs)), *args[1:])
         wide = expand(gate, weight)
         columns = wide.unsqueeze(1) if isinstance(module, Conv1D) else wide
-        kept.append(_swapped(module, "weight", lambda parameter: parameter * columns))
+        kept.append(_swapped(module, "weight", lambda parameter: product(parameter, wide, columns)))
         return None
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

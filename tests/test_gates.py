@@ -130,3 +130,52 @@ def test_an_error_in_a_gated_layer_brings_the_parameter_back(tiny):
         layer(torch.ones(900, site.units + 1))
     assert layer.weight is parameter
     gates.remove()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_the_gated_weight_keeps_its_memory_and_its_graph(tiny, name):
+    """Two calls before one backward, a second derivative, and another gate in between."""
+    model = tiny(name)
+    site = find_sites(model)[1]
+    layer = model.base_model.get_submodule(site.gate.module)
+    gates = attach_gates(model, [site])
+    width = site.units * site.gate.width
+    rows = torch.randn(2, 900, width, generator=torch.Generator().manual_seed(0))
+    one, two = torch.ones(site.units), torch.ones(site.units)
+    one[::2], two[1::2] = 0, 0
+
+    def plain(inputs, gate):
+        columns = gate if name == "bert" else gate.unsqueeze(1)
+        weight = layer.weight * columns
+        return inputs @ (weight.T if name == "bert" else weight) + layer.bias
+
+    for gates_used in ((one, one), (one, two)):
+        total, expected = 0.0, 0.0
+        for inputs, gate in zip(rows, gates_used, strict=True):
+            gates.values[site.name] = gate
+            total = total + layer(inputs).square().sum()
+            expected = expected + plain(inputs, gate).square().sum()
+        (ours,) = torch.autograd.grad(total, layer.weight, create_graph=True)
+        (theirs,) = torch.autograd.grad(expected, layer.weight, create_graph=True)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
+        second = [torch.autograd.grad(g.square().sum(), layer.weight)[0] for g in (ours, theirs)]
+        torch.testing.assert_close(*second, rtol=1e-3, atol=1e-1 * float(second[1].abs().max()))
+    layer.weight.grad = None
+    layer(rows[0]).square().sum().backward()
+    (wanted,) = torch.autograd.grad(plain(rows[0], two).square().sum(), layer.weight)
+    torch.testing.assert_close(layer.weight.grad, wanted, rtol=1e-4, atol=1e-2)
+    gates.remove()
+
+
+def test_a_weight_that_changes_before_backward_is_an_error(tiny):
+    model = tiny("bert")
+    site = find_sites(model)[1]
+    layer = model.base_model.get_submodule(site.gate.module)
+    gates = attach_gates(model, [site])
+    gates.values[site.name] = torch.ones(site.units)
+    loss = layer(torch.ones(900, site.units)).square().sum()
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    gates.remove()

@@ -103,6 +103,7 @@ class StructuredPruning:
     overflows: int = 0
     last: Statistics = field(default_factory=dict)
     selection: Selection | None = None
+    memory: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         get_solver(self.stage.solver)
@@ -155,9 +156,17 @@ class StructuredPruning:
         for site in self.sites:
             module = projection(base, site.gate.module)
             weight, gradient = logical_weight(module), logical_weight(module, gradient=True)
-            columns = (weight * gradient).sum(dim=0)  # [E, U * D] -> [U * D]
+            columns = self._product(weight, gradient).sum(dim=0)  # [E, U * D] -> [U * D]
             result.append(columns.view(site.units, site.gate.width).sum(dim=1).abs())  # [U]
         return result
+
+    def _product(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """`W * dL/dW`, in memory that is kept: fresh memory would cost more than the product."""
+        as_before = (self.memory.dtype, self.memory.device) == (weight.dtype, weight.device)
+        if not as_before or self.memory.numel() < weight.numel():
+            self.memory = weight.new_empty(weight.numel())
+        place = self.memory[: weight.numel()].view(weight.shape)
+        return torch.mul(weight, gradient, out=place)
 
     @torch.no_grad()
     def observe(self) -> None:
