@@ -144,6 +144,7 @@ def test_a_real_clock(tiny, inputs_for, tmp_path, monkeypatch):
         ({"target": {"latency": 3}}, "did you mean 'latency_ms'"),
         ({"target": {"speedup": "2x"}, "units": ["weights"]}, "give sparsity to single weights"),
         ({"sparsity": 0.5, "floor": {"dropp": 0.1}}, "did you mean 'drop'"),
+        ({"units": ["weights"], "weights": {"patern": "2:4"}}, "did you mean 'pattern'"),
     ],
 )
 def test_bad_targets(stage, message):

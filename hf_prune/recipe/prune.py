@@ -1,47 +1,22 @@
-"""What should happen: a `Recipe` of ordered stages, written as YAML.
+"""What to remove, and how much: the stage `prune` and its parts."""
 
-A recipe holds plain values only. It is strict (an unknown key is an error with a suggestion),
-frozen, and survives a round trip through YAML. This module does not import torch.
-"""
-
-import difflib
-import json
 import math
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hf_prune.errors import ConfigError
-
-MAX_RECIPE_BYTES = 1 << 20
-"""A recipe file larger than this is refused before it is parsed."""
-MAX_RECIPE_DEPTH = 32
-"""A recipe nested deeper than this is refused before it is composed."""
+from hf_prune.recipe.model import Model
 
 Unit = Literal["heads", "neurons", "weights"]
+UNITS: tuple[str, ...] = get_args(Unit)
+"""The kinds of unit that a recipe can name."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, strict=True
-    )
-
-
-class Schedule(_Model):
+class Schedule(Model):
     """How sparsity grows while a model trains."""
 
     kind: Literal["one_shot", "linear", "cubic", "exponential", "step"] = "cubic"
@@ -95,7 +70,7 @@ Share = Annotated[str | int, BeforeValidator(_as_share)]
 """`0.5x` of the dense model, or an absolute count."""
 
 
-class Target(_Model):
+class Target(Model):
     """What the whole model may cost after a stage. Each one that is given is met."""
 
     parameters: Share | None = None
@@ -151,7 +126,7 @@ def share_of(value: "float | str") -> float:
     return float(match.group(1))
 
 
-class Floor(_Model):
+class Floor(Model):
     """How much of a metric may be lost. The smallest model that keeps it is searched for."""
 
     drop: float = Field(ge=0)
@@ -165,7 +140,7 @@ class Floor(_Model):
 _PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
 
 
-class Weights(_Model):
+class Weights(Model):
     """How single weights are chosen, and what the others become."""
 
     pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
@@ -198,7 +173,7 @@ def _default_of(structure: str, *, weights: str) -> Callable[[dict[str, Any]], s
     return lambda data: weights if data.get("units") == ("weights",) else structure
 
 
-class Prune(_Model):
+class Prune(Model):
     """What to remove, and how much."""
 
     stage: Literal["prune"] = "prune"
@@ -347,307 +322,6 @@ class Prune(_Model):
         return "weights" not in self.units
 
 
-class Train(_Model):
-    """Fine-tuning. The names are those of `transformers.TrainingArguments`."""
-
-    stage: Literal["train"] = "train"
-    """Tells this stage from the others."""
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the training data."""
-    learning_rate: float = Field(default=5e-5, gt=0)
-    """Peak learning rate."""
-    per_device_train_batch_size: int = Field(default=32, ge=1)
-    """Examples per process and step."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decay of weights (not of biases and norms)."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps until the learning rate is reached."""
-    max_steps: int = Field(default=-1, ge=-1)
-    """Optimizer steps, instead of `num_train_epochs`; -1: as many as these give."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Batches for one optimizer step."""
-    lora_rank: int = Field(default=0, ge=0)
-    """0: all weights are trained. Otherwise low-rank adapters are, and then merged; needs PEFT."""
-
-
-class Distill(Train):
-    """Fine-tuning with the dense model as teacher."""
-
-    stage: Literal["distill"] = "distill"  # type: ignore[assignment]  # the tag differs, by design
-    """Tells this stage from the others."""
-    temperature: float = Field(default=2.0, gt=0)
-    """Softens both distributions (Hinton et al. 2015, arXiv:1503.02531)."""
-    alpha: float = Field(default=0.9, ge=0, le=1)
-    """Share of the distillation loss; the rest is the loss of the labels."""
-    alpha_end: float | None = Field(default=None, ge=0, le=1)
-    """Share at the end of the stage, reached in a straight line; None: `alpha` throughout."""
-    logits: float = Field(default=1.0, ge=0)
-    """Weight of the divergence between logits, within the distillation loss."""
-    hidden: float = Field(default=0.0, ge=0)
-    """Weight of the distance of hidden states, through a projection that is learned."""
-    embeddings: float = Field(default=0.0, ge=0)
-    """Weight of the distance of the embeddings, through a projection that is learned."""
-    attention: float = Field(default=0.0, ge=0)
-    """Weight of the divergence of attention maps."""
-    relations: float = Field(default=0.0, ge=0)
-    """Weight of the divergence of relations between tokens (arXiv:2002.10957, 2012.15828)."""
-    relation_of: tuple[Literal["queries", "keys", "values"], ...] = ("values",)
-    """What relations are of."""
-    relation_heads: int = Field(default=12, ge=1)
-    """Heads into which the width is split anew for relations."""
-    layers: Literal["uniform", "last", "closest", "ordered"] = "uniform"
-    """Which layer teaches which: at equal distances, the last alone, the closest of each batch, or
-    the best assignment in order, found once on the first batch."""
-    projection_learning_rate: float = Field(default=1e-3, gt=0)
-    """Of the projections."""
-    teacher: str | None = None
-    """Hub name or folder of another teacher; None: the dense model."""
-    teacher_logits: str | None = None
-    """File with the logits of the teacher, which then need not run."""
-
-    @property
-    def inner(self) -> bool:
-        """Whether layers are compared, and not the logits alone."""
-        return bool(self.hidden or self.embeddings or self.attention or self.relations)
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> "Distill":
-        if (self.alpha or self.alpha_end) and not (self.logits or self.inner):
-            raise ValueError("all distillation weights are 0: set at least one, or alpha to 0")
-        if self.teacher_logits is not None and (self.inner or self.teacher is not None):
-            raise ValueError(
-                "teacher_logits holds logits only: set hidden, embeddings, attention and relations "
-                "to 0, and no teacher"
-            )
-        if self.relations and len(set(self.relation_of)) != max(len(self.relation_of), 1):
-            raise ValueError("relation_of must name each part once, and at least one of them")
-        return self
-
-
-class Student(_Model):
-    """Make a smaller model of the teacher's kind, of any depth and width. What is 0 stays."""
-
-    stage: Literal["student"] = "student"
-    """Tells this stage from the others."""
-    layers: int = Field(default=0, ge=0)
-    """Layers."""
-    hidden: int = Field(default=0, ge=0)
-    """Hidden width."""
-    heads: int = Field(default=0, ge=0)
-    """Attention heads of each layer."""
-    neurons: int = Field(default=0, ge=0)
-    """Feed-forward neurons of each layer."""
-    init: Literal["teacher", "normal", "xavier"] = "teacher"
-    """Start from the best parts of the teacher, or at random."""
-    pick_layers: Literal["uniform", "score"] = "uniform"
-    """Which layers of the teacher to start from: at equal distances, or those that change most."""
-
-
-Stage = Annotated[Union[Prune, Train, Distill, Student], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
-
-
-class Recipe(_Model):
-    """An ordered list of stages."""
-
-    hf_prune: Literal[1] = 1
-    """Version of the format."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of everything random."""
-    stages: tuple[Stage, ...]
-    """What happens, in this order."""
-    standalone: bool = False
-    """Save a module beside the weights: it loads without hf_prune, by `trust_remote_code=True`."""
-
-    portable: bool = False
-    """Write a plain config, which loads with no plugin at all. Needs `even: true` in each stage
-    that removes units; most configs can say a number of neurons only."""
-
-    @model_validator(mode="after")
-    def _even(self) -> "Recipe":
-        stages = [s for s in self.stages if isinstance(s, Prune) and s.structural]
-        if self.portable and not all(s.even and not s.schedule for s in stages):
-            raise ValueError("portable: true needs even: true, and no schedule, in each stage")
-        return self
-
-    @model_validator(mode="after")
-    def _order(self) -> "Recipe":
-        if not self.stages:
-            raise ValueError("stages is empty: write at least one.")
-        zeros = False
-        for stage, following in zip(self.stages, (*self.stages[1:], None), strict=True):
-            if not isinstance(stage, Prune):
-                continue
-            if stage.structural and zeros:
-                raise ValueError("prune heads and neurons before single weights")
-            zeros = zeros or not stage.structural
-            if stage.schedule and isinstance(following, Train) and following.lora_rank:
-                raise ValueError("lora_rank is for recovery, after the masks have closed")
-            if stage.schedule and not isinstance(following, Train):
-                raise ValueError(
-                    "a prune stage with a schedule needs a train or distill stage after it"
-                )
-        return self
-
-    @property
-    def prune_stages(self) -> tuple[Prune, ...]:
-        """The stages that remove something."""
-        return tuple(stage for stage in self.stages if isinstance(stage, Prune))
-
-    def to_yaml(self) -> str:
-        """This recipe as YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with JSON's idea of a scalar: no octal, no dates, no `yes`, and `1e-3` is a number."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's name
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"^(?:true|false)$", "tf"),
-    ("null", r"^(?:null|~|)$", "n~"),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
-    (
-        "float",
-        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
-        "-+.0123456789",
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
-_Loader.yaml_implicit_resolvers.setdefault("", []).append(
-    ("tag:yaml.org,2002:null", re.compile(r"^$"))
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for something else than text."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
-def _unique_keys(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str) or key in result:
-            why = "appears twice" if isinstance(key, str) else "is not a string"
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} {why}.")
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_keys)
-
-
-def _check_events(text: str) -> None:
-    """Refuse what a recipe never needs, before anything is composed or built."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ConfigError(f"line {line}: anchors and aliases are not allowed: write it out.")
-        tag = getattr(event, "tag", None)
-        if tag:
-            raise ConfigError(f"line {line}: tags such as {tag!r} are not allowed.")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_RECIPE_DEPTH:
-            raise ConfigError(f"line {line}: nested deeper than {MAX_RECIPE_DEPTH} levels.")
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain data from YAML text, hardened.
-
-    Raises:
-        ConfigError: on aliases, tags, duplicate or non-string keys, deep nesting, or a syntax
-            error.
-    """
-    try:
-        _check_events(text)
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}") from error
-
-
-def _read(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > MAX_RECIPE_BYTES:
-            raise ConfigError(f"{path} has {size} bytes; a recipe has at most {MAX_RECIPE_BYTES}.")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text.") from error
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Recipe,)
-    nested: dict[str, type[BaseModel]] = {"schedule": Schedule, "target": Target, "floor": Floor}
-    inner = [model for name, model in nested.items() if name in location]
-    if inner:
-        models = tuple(inner)
-    elif location and location[0] == "stages":
-        models = tuple(
-            m for m in (Prune, Train, Distill, Student) if m.__name__.lower() in location
-        )
-    return [name for model in models for name in model.model_fields]
-
-
-def explain(error: ValidationError) -> str:
-    """What is wrong with plain data: one line for each mistake, with its place."""
-    lines = []
-    for item in error.errors(include_url=False):
-        location = item["loc"]
-        where = ".".join(
-            str(part) for part in location if part not in ("prune", "train", "distill", "student")
-        )
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1])
-            message = f"unknown key{did_you_mean(str(location[-1]), known)}"
-        lines.append(f"{where}: {message}" if where else message)
-    return "\n".join(lines)
-
-
 def count_to_remove(sparsity: float, total: int) -> int:
     """The smallest count that is at least `sparsity` of `total`, exact: 0.07 of 100 is 7."""
     return math.ceil(Fraction(repr(float(sparsity))) * total)
-
-
-def did_you_mean(name: str, known: "list[str] | tuple[str, ...]") -> str:
-    """The end of a message about an unknown name: a suggestion, and all the names there are."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{hint} Known: {', '.join(known)}."
-
-
-def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -> Recipe:
-    """A `Recipe` from a recipe, the path of a YAML file, or plain data.
-
-    Raises:
-        ConfigError: naming the file, the key and what is wrong with it.
-    """
-    if isinstance(source, Recipe):
-        return source
-    name = "recipe"
-    data: Any = source
-    if not isinstance(source, Mapping):
-        name = os.fspath(source)
-        try:
-            data = parse_yaml(_read(Path(name)))
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
-    try:
-        return Recipe.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        raise ConfigError(f"{name}: {explain(error)}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: only plain values are allowed ({error}).") from error
-
-
-UNITS: tuple[str, ...] = get_args(Unit)
-"""The kinds of unit that a recipe can name."""

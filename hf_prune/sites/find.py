@@ -1,4 +1,4 @@
-"""What can go: the sites of a model, with the slices of the weights that each of their units owns.
+"""The sites of a model, from the description of its family.
 
 This is the only module that reads `families`. Everything after it works on slices and never asks
 which family a model is of. All names are relative to the base model, so that what is said about
@@ -10,199 +10,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import get_family
 from hf_prune.families.spec import Attention, Experts, Ffn, Stack
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Unit `u` owns `offset + [u * width, (u + 1) * width)` on one axis of one module's weight.
-
-    `axis` is that of the logical `[out, in]` matrix: 0 narrows outputs (and the bias), 1 inputs.
-    Where `parameter` is given, the slice is of that parameter of the module, and `axis` is its own.
-    """
-
-    module: str
-    axis: int
-    width: int
-    offset: int = 0
-    parameter: str = ""
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """An attribute of a module that holds `per_unit` times the number of units.
-
-    A name that begins with `config.` is a key of the module's config, of which the module then has
-    a view of its own.
-    """
-
-    module: str
-    name: str
-    per_unit: int
-
-
-@dataclass(frozen=True)
-class Site:
-    """All units of one kind in one block of one layer.
-
-    `gate` is the slice whose columns the units feed; criteria read it and masks act on its input.
-    Costs are per unit: `parameters`, `macs_per_token`, and `attention_width`, the width that enters
-    the quadratic part of attention (zero for neurons).
-    """
-
-    name: str
-    kind: str
-    layer: int
-    units: int
-    slices: tuple[Slice, ...]
-    gate: Slice
-    attributes: tuple[Attribute, ...]
-    parameters: int
-    macs_per_token: int
-    attention_width: int
-    layer_module: str
-    sum_module: str
-    """Module whose input is the sum of residual and output; "" = that sum is the layer's output."""
-    floor: int = 0
-    """Units that must stay."""
-    multiple: int = 1
-    """The number of units that stay must be a multiple of this."""
-    runs: int = 1
-    """How often one pass runs the layer: more than once where layers are shared."""
-    core: str = ""
-    """Module that takes the heads apart; "" where the units are no heads."""
-    shared_bias: str = ""
-    """How a position bias that all layers share reaches `core`; "" where there is none."""
-    empty: str = ""
-    """What `core` becomes where no head is left; "" = nothing needs to."""
-    cross: bool = False
-    """Whether the heads look at another sequence than their own."""
-    sizes: tuple[tuple[str, int], ...] = ()
-    """Keys of the config, and how many times the number of units each holds, by which it can say
-    that number for all layers alike; () = it cannot."""
-    stack: str = ""
-    """The list that the layer is in: encoder and decoder are two."""
-
-
-KINDS = ("heads", "neurons")
-"""What is found if nothing else is asked for."""
-ALL_KINDS = (*KINDS, "expert_neurons", "experts")
-"""Every kind of unit."""
-
-
-def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its task head (itself, if it has none).
-
-    Raises:
-        UnsupportedModelError: for a wrapper, with what to do first.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers PreTrainedModel. Unwrap it first: "
-            "`.module` of DistributedDataParallel, `._orig_mod` of torch.compile, "
-            "`.merge_and_unload()` of PEFT."
-        )
-    base = model.base_model
-    return base if isinstance(base, PreTrainedModel) else model
-
-
-def check_not_quantized(model: PreTrainedModel) -> None:
-    """Refuse a quantized model, whose weights are not plain matrices.
-
-    Raises:
-        UnsupportedModelError: with what to do first.
-    """
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError(
-            "the model is quantized. Prune first, then quantize: load it without "
-            "quantization_config."
-        )
-
-
-def get_module(root: nn.Module, name: str) -> nn.Module:
-    """The submodule at a dotted path.
-
-    Raises:
-        UnsupportedModelError: when the model has no such module.
-    """
-    try:
-        return root.get_submodule(name)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{type(root).__name__} has no module {name!r}: its layout is not the one that "
-            "its family description states."
-        ) from error
-
-
-def projection(root: nn.Module, name: str) -> "nn.Linear | Conv1D":
-    """The linear layer at a dotted path.
-
-    Raises:
-        UnsupportedModelError: when the module there is not a plain `Linear` or `Conv1D`.
-    """
-    module = get_module(root, name)
-    emptied = isinstance(module, Conv1D) and not module.nx  # it runs as a class of its own
-    if type(module) not in (nn.Linear, Conv1D) and not emptied:
-        raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__}, not a plain Linear or Conv1D. Merge adapters "
-            "(`merge_and_unload`) and prune before quantizing."
-        )
-    return module  # type: ignore[return-value]  # checked above
-
-
-def logical_weight(module: nn.Module, *, gradient: bool = False) -> Tensor:
-    """The weight of a `Linear` or `Conv1D`, or its gradient, as `[out, in]`.
-
-    The one place that undoes the storage of `Conv1D`. A gradient that is not there is zero.
-    """
-    weight = module.weight
-    if not isinstance(weight, Tensor):
-        raise UnsupportedModelError(f"expected a weight, found {type(weight).__name__}.")
-    if gradient:
-        weight = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def out_features(module: nn.Module) -> int:
-    """Width of the output of a `Linear` or `Conv1D`."""
-    return int(logical_weight(module).shape[0])
-
-
-def gate_weight(root: nn.Module, site: Site) -> Tensor:
-    """The entries that each unit owns in what its gate acts on, `[U, N]`.
-
-    For heads and neurons these are columns of the output projection, `N = width * E`.
-    """
-    if site.gate.parameter:
-        parameter = get_parameter(root, site.gate)
-        stored: Tensor = parameter.movedim(site.gate.axis, 0).flatten(1)  # [..., U, ...] -> [U, N]
-        return stored
-    weight = logical_weight(projection(root, site.gate.module))  # [E, U * D]
-    by_unit = weight.unflatten(1, (site.units, site.gate.width))  # [E, U, D]
-    result: Tensor = by_unit.transpose(0, 1).flatten(1)  # [U, N] with N = E * D
-    return result
-
-
-def get_parameter(root: nn.Module, item: Slice) -> nn.Parameter:
-    """The parameter that a slice with a `parameter` is of.
-
-    Raises:
-        UnsupportedModelError: when the module does not have it.
-    """
-    found = getattr(get_module(root, item.module), item.parameter, None)
-    if not isinstance(found, nn.Parameter):
-        raise UnsupportedModelError(
-            f"{item.module} has no parameter {item.parameter!r}: its layout is not the one that "
-            "its family description states."
-        )
-    return found
+from hf_prune.sites.modules import (
+    base_model,
+    check_not_quantized,
+    get_module,
+    get_parameter,
+    has_module,
+    logical_weight,
+    out_features,
+    projection,
+)
+from hf_prune.sites.site import KINDS, Attribute, Site, Slice
 
 
 def join(*parts: str) -> str:
@@ -402,15 +226,6 @@ def _stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
         if getattr(model.config, variant.key, None) == variant.value:
             return variant.stacks
     return family.stacks
-
-
-def has_module(root: nn.Module, name: str) -> bool:
-    """Whether there is a module at a dotted path."""
-    try:
-        root.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _lists(base: nn.Module, stack: Stack) -> list[str]:

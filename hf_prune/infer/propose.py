@@ -1,98 +1,33 @@
-"""Families that nobody wrote: read from a file, or proposed from a trace and then proved.
+"""Families that nobody wrote: proposed from a trace, and then proved.
 
 A proposal is only ever returned when closing gates and really removing units give the same on the
 user's own model, with other widths in every layer.
 """
 
 import copy
-import dataclasses
 import itertools
-import json
-import os
 import random
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.errors import ConfigError, HfPruneError, UnsupportedModelError
+from hf_prune.errors import HfPruneError, UnsupportedModelError
 from hf_prune.families import FAMILIES
 from hf_prune.families.spec import Attention, Family, Ffn, Stack
 from hf_prune.gates import masked
 from hf_prune.measure.counts import example_batch
 from hf_prune.plan import Plan, SitePlan
-from hf_prune.recipe import did_you_mean, parse_yaml
 from hf_prune.sites import base_model, find_sites, logical_weight
 from hf_prune.surgery.remove import remove_units
 
 TOLERANCE = 1e-5
 """Largest difference of what masked and shrunken model give, relative to the largest value."""
 _COUNT, _KV, _WIDTH = "heads", "key/value heads", "all heads"
-
-
-def _read(kind: Any, data: Any, where: str) -> Any:
-    """A value of a description from plain data."""
-    if dataclasses.is_dataclass(kind):
-        return _read_table(kind, data, where)
-    options = [option for option in typing.get_args(kind) if option is not type(None)]
-    if data is None and type(None) in typing.get_args(kind):
-        return None
-    lists = [o for o in (kind, *options) if typing.get_origin(o) is tuple]
-    if lists:
-        items = typing.get_args(lists[0])
-        if not isinstance(data, list) or (Ellipsis not in items and len(data) != len(items)):
-            raise ConfigError(f"{where} is not a list of the right length.")
-        return tuple(_read(items[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-    tables = [option for option in options if dataclasses.is_dataclass(option)]
-    if tables:
-        return _read_table(tables[0], data, where)
-    allowed = options if typing.get_origin(kind) is typing.Literal else None
-    kinds = tuple(o for o in (options or [kind]) if isinstance(o, type) and o is not object)
-    fits = data in allowed if allowed else kind is object or type(data) in kinds
-    if not fits:
-        raise ConfigError(f"{where} = {data!r} is not of the right kind.")
-    return data
-
-
-def _read_table(kind: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} is not a table.")
-    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    for key in data:
-        if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, list(fields))}")
-    for name, item in fields.items():
-        if item.default is dataclasses.MISSING and name not in data:
-            raise ConfigError(f"{where}.{name} is missing.")
-    return kind(**{key: _read(hints[key], value, f"{where}.{key}") for key, value in data.items()})
-
-
-def load_family(path: "str | os.PathLike[str]") -> Family:
-    """The description of a family in a YAML file, whose keys are those of `families.spec`.
-
-    Raises:
-        ConfigError: naming the key that is unknown, missing or of the wrong kind.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the family {os.fspath(path)}: {error}") from error
-    family: Family = _read(Family, parse_yaml(text), "family")
-    return family
-
-
-def dump_family(family: Family) -> str:
-    """A description as YAML that `load_family` reads back to an equal one."""
-    plain = json.loads(json.dumps(dataclasses.asdict(family)))  # tuples become lists
-    text: str = yaml.safe_dump(plain, sort_keys=False)
-    return text
 
 
 @dataclass

@@ -1,0 +1,42 @@
+"""What should happen: a `Recipe` of ordered stages, written as YAML.
+
+A recipe holds plain values only. It is strict (an unknown key is an error with a suggestion),
+frozen, and survives a round trip through YAML. This room does not import torch.
+"""
+
+from hf_prune.recipe.load import MAX_RECIPE_BYTES, Recipe, Stage, explain, load_recipe
+from hf_prune.recipe.names import did_you_mean
+from hf_prune.recipe.prune import (
+    UNITS,
+    Floor,
+    Prune,
+    Schedule,
+    Target,
+    Weights,
+    count_to_remove,
+    share_of,
+)
+from hf_prune.recipe.text import MAX_RECIPE_DEPTH, parse_yaml
+from hf_prune.recipe.train import Distill, Student, Train
+
+__all__ = [
+    "MAX_RECIPE_BYTES",
+    "MAX_RECIPE_DEPTH",
+    "UNITS",
+    "Distill",
+    "Floor",
+    "Prune",
+    "Recipe",
+    "Schedule",
+    "Stage",
+    "Student",
+    "Target",
+    "Train",
+    "Weights",
+    "count_to_remove",
+    "did_you_mean",
+    "explain",
+    "load_recipe",
+    "parse_yaml",
+    "share_of",
+]

@@ -1,0 +1,143 @@
+"""A `Recipe` of ordered stages, from YAML, plain data, or another recipe."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from hf_prune.errors import ConfigError
+from hf_prune.recipe.model import Model
+from hf_prune.recipe.names import did_you_mean
+from hf_prune.recipe.prune import Floor, Prune, Schedule, Target, Weights
+from hf_prune.recipe.text import dump_yaml, parse_yaml
+from hf_prune.recipe.train import Distill, Student, Train
+
+MAX_RECIPE_BYTES = 1 << 20
+"""A recipe file larger than this is refused before it is parsed."""
+
+Stage = Annotated[Union[Prune, Train, Distill, Student], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
+
+
+class Recipe(Model):
+    """An ordered list of stages."""
+
+    hf_prune: Literal[1] = 1
+    """Version of the format."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random."""
+    stages: tuple[Stage, ...]
+    """What happens, in this order."""
+    standalone: bool = False
+    """Save a module beside the weights: it loads without hf_prune, by `trust_remote_code=True`."""
+
+    portable: bool = False
+    """Write a plain config, which loads with no plugin at all. Needs `even: true` in each stage
+    that removes units; most configs can say a number of neurons only."""
+
+    @model_validator(mode="after")
+    def _even(self) -> "Recipe":
+        stages = [s for s in self.stages if isinstance(s, Prune) and s.structural]
+        if self.portable and not all(s.even and not s.schedule for s in stages):
+            raise ValueError("portable: true needs even: true, and no schedule, in each stage")
+        return self
+
+    @model_validator(mode="after")
+    def _order(self) -> "Recipe":
+        if not self.stages:
+            raise ValueError("stages is empty: write at least one.")
+        zeros = False
+        for stage, following in zip(self.stages, (*self.stages[1:], None), strict=True):
+            if not isinstance(stage, Prune):
+                continue
+            if stage.structural and zeros:
+                raise ValueError("prune heads and neurons before single weights")
+            zeros = zeros or not stage.structural
+            if stage.schedule and isinstance(following, Train) and following.lora_rank:
+                raise ValueError("lora_rank is for recovery, after the masks have closed")
+            if stage.schedule and not isinstance(following, Train):
+                raise ValueError(
+                    "a prune stage with a schedule needs a train or distill stage after it"
+                )
+        return self
+
+    @property
+    def prune_stages(self) -> tuple[Prune, ...]:
+        """The stages that remove something."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Prune))
+
+    def to_yaml(self) -> str:
+        """This recipe as YAML that `load_recipe` reads back to an equal recipe."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def _read(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise ConfigError(f"{path} has {size} bytes; a recipe has at most {MAX_RECIPE_BYTES}.")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text.") from error
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    models: tuple[type[BaseModel], ...] = (Recipe,)
+    nested: dict[str, type[BaseModel]] = {
+        "schedule": Schedule,
+        "target": Target,
+        "floor": Floor,
+        "weights": Weights,
+    }
+    inner = [model for name, model in nested.items() if name in location]
+    if inner:
+        models = tuple(inner)
+    elif location and location[0] == "stages":
+        models = tuple(
+            m for m in (Prune, Train, Distill, Student) if m.__name__.lower() in location
+        )
+    return [name for model in models for name in model.model_fields]
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with plain data: one line for each mistake, with its place."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location = item["loc"]
+        where = ".".join(
+            str(part) for part in location if part not in ("prune", "train", "distill", "student")
+        )
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            message = f"unknown key{did_you_mean(str(location[-1]), known)}"
+        lines.append(f"{where}: {message}" if where else message)
+    return "\n".join(lines)
+
+
+def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -> Recipe:
+    """A `Recipe` from a recipe, the path of a YAML file, or plain data.
+
+    Raises:
+        ConfigError: naming the file, the key and what is wrong with it.
+    """
+    if isinstance(source, Recipe):
+        return source
+    name = "recipe"
+    data: Any = source
+    if not isinstance(source, Mapping):
+        name = os.fspath(source)
+        try:
+            data = parse_yaml(_read(Path(name)))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    try:
+        return Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {explain(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: only plain values are allowed ({error}).") from error

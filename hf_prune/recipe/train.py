@@ -1,0 +1,103 @@
+"""How a model learns: the stages `train`, `distill` and `student`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hf_prune.recipe.model import Model
+
+
+class Train(Model):
+    """Fine-tuning. The names are those of `transformers.TrainingArguments`."""
+
+    stage: Literal["train"] = "train"
+    """Tells this stage from the others."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training data."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Peak learning rate."""
+    per_device_train_batch_size: int = Field(default=32, ge=1)
+    """Examples per process and step."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of weights (not of biases and norms)."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps until the learning rate is reached."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps, instead of `num_train_epochs`; -1: as many as these give."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches for one optimizer step."""
+    lora_rank: int = Field(default=0, ge=0)
+    """0: all weights are trained. Otherwise low-rank adapters are, and then merged; needs PEFT."""
+
+
+class Distill(Train):
+    """Fine-tuning with the dense model as teacher."""
+
+    stage: Literal["distill"] = "distill"  # type: ignore[assignment]  # the tag differs, by design
+    """Tells this stage from the others."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Softens both distributions (Hinton et al. 2015, arXiv:1503.02531)."""
+    alpha: float = Field(default=0.9, ge=0, le=1)
+    """Share of the distillation loss; the rest is the loss of the labels."""
+    alpha_end: float | None = Field(default=None, ge=0, le=1)
+    """Share at the end of the stage, reached in a straight line; None: `alpha` throughout."""
+    logits: float = Field(default=1.0, ge=0)
+    """Weight of the divergence between logits, within the distillation loss."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Weight of the distance of hidden states, through a projection that is learned."""
+    embeddings: float = Field(default=0.0, ge=0)
+    """Weight of the distance of the embeddings, through a projection that is learned."""
+    attention: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of attention maps."""
+    relations: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of relations between tokens (arXiv:2002.10957, 2012.15828)."""
+    relation_of: tuple[Literal["queries", "keys", "values"], ...] = ("values",)
+    """What relations are of."""
+    relation_heads: int = Field(default=12, ge=1)
+    """Heads into which the width is split anew for relations."""
+    layers: Literal["uniform", "last", "closest", "ordered"] = "uniform"
+    """Which layer teaches which: at equal distances, the last alone, the closest of each batch, or
+    the best assignment in order, found once on the first batch."""
+    projection_learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the projections."""
+    teacher: str | None = None
+    """Hub name or folder of another teacher; None: the dense model."""
+    teacher_logits: str | None = None
+    """File with the logits of the teacher, which then need not run."""
+
+    @property
+    def inner(self) -> bool:
+        """Whether layers are compared, and not the logits alone."""
+        return bool(self.hidden or self.embeddings or self.attention or self.relations)
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Distill":
+        if (self.alpha or self.alpha_end) and not (self.logits or self.inner):
+            raise ValueError("all distillation weights are 0: set at least one, or alpha to 0")
+        if self.teacher_logits is not None and (self.inner or self.teacher is not None):
+            raise ValueError(
+                "teacher_logits holds logits only: set hidden, embeddings, attention and relations "
+                "to 0, and no teacher"
+            )
+        if self.relations and len(set(self.relation_of)) != max(len(self.relation_of), 1):
+            raise ValueError("relation_of must name each part once, and at least one of them")
+        return self
+
+
+class Student(Model):
+    """Make a smaller model of the teacher's kind, of any depth and width. What is 0 stays."""
+
+    stage: Literal["student"] = "student"
+    """Tells this stage from the others."""
+    layers: int = Field(default=0, ge=0)
+    """Layers."""
+    hidden: int = Field(default=0, ge=0)
+    """Hidden width."""
+    heads: int = Field(default=0, ge=0)
+    """Attention heads of each layer."""
+    neurons: int = Field(default=0, ge=0)
+    """Feed-forward neurons of each layer."""
+    init: Literal["teacher", "normal", "xavier"] = "teacher"
+    """Start from the best parts of the teacher, or at random."""
+    pick_layers: Literal["uniform", "score"] = "uniform"
+    """Which layers of the teacher to start from: at equal distances, or those that change most."""

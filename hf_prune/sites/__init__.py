@@ -1,0 +1,35 @@
+"""What can go: the sites of a model, with the slices of the weights that their units own."""
+
+from hf_prune.sites.find import find_sites, join, layer_modules
+from hf_prune.sites.modules import (
+    base_model,
+    check_not_quantized,
+    gate_weight,
+    get_module,
+    get_parameter,
+    has_module,
+    logical_weight,
+    out_features,
+    projection,
+)
+from hf_prune.sites.site import ALL_KINDS, KINDS, Attribute, Site, Slice
+
+__all__ = [
+    "ALL_KINDS",
+    "KINDS",
+    "Attribute",
+    "Site",
+    "Slice",
+    "base_model",
+    "check_not_quantized",
+    "find_sites",
+    "gate_weight",
+    "get_module",
+    "get_parameter",
+    "has_module",
+    "join",
+    "layer_modules",
+    "logical_weight",
+    "out_features",
+    "projection",
+]
