@@ -262,22 +262,29 @@ def prune_folder(
         at_most=stage.calibration_samples,
     )
     key = f"{source.resolve().name} {stage.model_dump_json()} {seed}"
-    job = Job(
-        uniform(matrices, stage.fraction, options.pattern),
-        options,
-        Progress(Path(progress), key) if progress is not None else None,
-    )
+    kept = Progress(Path(progress), key) if progress is not None else None
+    job = Job(uniform(matrices, stage.fraction, options.pattern), options, kept)
     with staged_folder(Path(out), overwrite=overwrite) as folder:
         walk = _Walk(model, shards, folder, job=job)
-        starts = tuple(f"{name}." for name in _layer_names(model, list(layers)))
-        rest = [n for n, _ in model.named_parameters() if not n.startswith(starts)]
-        types = walk.load(rest)
-        streams = _first_inputs(walk, batches, list(layers))
-        others = {n: model.get_parameter(n).detach().to(types[n]) for n in rest}
-        walk.write("rest.safetensors", others)
-        del others
+        streams = _begin(walk, batches, list(layers))
         prune_layers(model, layers, matrices, streams, job, walk.around)
         _finish(source, folder, walk)
+    return _figures(matrices, walk, job)
+
+
+def _begin(walk: _Walk, batches: Sequence[Batch], layers: Sequence[str]) -> list[Stream]:
+    """Copy what lies outside of the layers, and run it: what enters the first layer."""
+    model = walk.model
+    starts = tuple(f"{name}." for name in _layer_names(model, layers))
+    rest = [name for name, _ in model.named_parameters() if not name.startswith(starts)]
+    types = walk.load(rest)
+    streams = _first_inputs(walk, batches, list(layers))
+    others = {name: model.get_parameter(name).detach().to(types[name]) for name in rest}
+    walk.write("rest.safetensors", others)
+    return streams
+
+
+def _figures(matrices: Sequence[Matrix], walk: _Walk, job: Job) -> dict[str, Any]:
     total = sum(matrix.numel for matrix in matrices)
     kept = sum(walk.kept.values())
     errors = list(job.result.errors.values())

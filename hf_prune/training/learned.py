@@ -14,21 +14,21 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.budget.solvers import Selection, decide, get_solver
+from hf_prune.budget.solvers import Selection, get_solver
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import NumericsError
-from hf_prune.gates import Gates, attach_gates, check_plan, expand_gate, plan_gates
-from hf_prune.measure.counts import count_encoder_parameters
+from hf_prune.gates import Gates, check_plan, expand_gate, plan_gates
 from hf_prune.recipe import Prune
-from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
+from hf_prune.sites import Site, base_model, logical_weight, projection
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.surgery.remove import remove_units
 from hf_prune.training import hard_concrete
 from hf_prune.training.structure import (
     State,
+    decide_at,
     goal_at,
     kept_by_kind,
-    same_on_all_processes,
+    open_gates,
     selection_from_dict,
     selection_to_dict,
 )
@@ -67,10 +67,7 @@ class LearnedPruning:
     def start(self, model: PreTrainedModel) -> None:
         """Attach gates, all open, and their parameters."""
         self.model = model
-        self.sites = find_sites(model, self.stage.units, self.stage.ignore)
-        self.encoder = count_encoder_parameters(model)
-        self.gates.remove()  # those of a training that was broken off
-        self.gates = attach_gates(model, self.sites)
+        self.sites, self.encoder, self.gates = open_gates(model, self.stage, self.gates)
         goal = goal_at(self.sites, self.stage, 1.0, self.encoder)
         per_unit = [torch.full((s.units,), float(goal.tables[s.name][1])) for s in self.sites]
         device = model.device
@@ -161,11 +158,8 @@ class LearnedPruning:
 
     def _select(self, share: float) -> Selection:
         assert self.model is not None  # noqa: S101  # start() came first
-        goal = goal_at(self.sites, self.stage, share, self.encoder)
-        model_type = self.model.config.model_type
-        return same_on_all_processes(
-            decide(self.sites, self._rankings(), self.stage, [goal], model_type=model_type)
-        )
+        rankings = self._rankings()
+        return decide_at(self.model, self.sites, rankings, self.stage, share, self.encoder)
 
     def decide(self, share: float) -> None:
         """Ask for `share` of the final sparsity; at 1 choose what stays, once and for all."""

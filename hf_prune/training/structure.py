@@ -88,6 +88,44 @@ def goal_at(sites: Sequence[Site], stage: Prune, share: float, encoder: int) -> 
     )
 
 
+def decide_at(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    rankings: Mapping[str, Ranking],
+    stage: Prune,
+    share: float,
+    encoder: int,
+) -> Selection:
+    """What stays at a share of the final sparsity, the same on all processes.
+
+    Args:
+        model: that is being trained.
+        sites: of it.
+        rankings: in which order the units of each site go.
+        stage: solver, floors and sparsity.
+        share: in [0, 1].
+        encoder: parameters of all layers, the base of `of: layers`.
+    """
+    goal = goal_at(sites, stage, share, encoder)
+    model_type = model.config.model_type
+    return same_on_all_processes(decide(sites, rankings, stage, [goal], model_type=model_type))
+
+
+def open_gates(
+    model: PreTrainedModel, stage: Prune, earlier: Gates
+) -> tuple[list[Site], int, Gates]:
+    """The sites of a stage, the parameters of all layers, and new gates, all open.
+
+    Args:
+        model: to be trained.
+        stage: units, and what to ignore.
+        earlier: gates of a training that was broken off; they are taken away.
+    """
+    sites = find_sites(model, stage.units, stage.ignore)
+    earlier.remove()
+    return sites, count_encoder_parameters(model), attach_gates(model, sites)
+
+
 @dataclass
 class StructuredPruning:
     """The state of a structured stage in a running training."""
@@ -118,10 +156,7 @@ class StructuredPruning:
     def start(self, model: PreTrainedModel) -> None:
         """Find the sites and attach gates, all open."""
         self.model = model
-        self.sites = find_sites(model, self.stage.units, self.stage.ignore)
-        self.encoder = count_encoder_parameters(model)
-        self.gates.remove()  # those of a training that was broken off
-        self.gates = attach_gates(model, self.sites)
+        self.sites, self.encoder, self.gates = open_gates(model, self.stage, self.gates)
         self.sums, self.steps, self.overflows, self.last, self.selection = {}, 0, 0, {}, None
         self._set_gates()
 
@@ -218,11 +253,7 @@ class StructuredPruning:
 
     def _select(self, rankings: Mapping[str, Ranking], share: float) -> Selection:
         assert self.model is not None  # noqa: S101  # start() came first
-        goal = goal_at(self.sites, self.stage, share, self.encoder)
-        model_type = self.model.config.model_type
-        return same_on_all_processes(
-            decide(self.sites, rankings, self.stage, [goal], model_type=model_type)
-        )
+        return decide_at(self.model, self.sites, rankings, self.stage, share, self.encoder)
 
     def take(self, selection: Selection | None) -> None:
         """Close the gates of what a selection removes, and open all others."""
