@@ -18,6 +18,7 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Recipe, load_recipe
 from hf_prune.report.result import Result, save_result
 from hf_prune.sites import find_sites
+from hf_prune.surgery.layers import shorten_layers_
 from hf_prune.surgery.reconstruct import reconstruct
 from hf_prune.surgery.remove import remove_units
 from hf_prune.training.callback import PruneCallback
@@ -54,6 +55,7 @@ __all__ = [
     "remove_units",
     "save_model",
     "save_result",
+    "shorten_layers_",
     "verify",
 ]
 

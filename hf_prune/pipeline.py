@@ -18,6 +18,7 @@ from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.dead import remove_dead_
+from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
@@ -144,10 +145,12 @@ def compress(
             step, masks, entry = _prune_weights(pruned, stage, batches, recipe.seed, masks)
         plan = plan.then(step)
         report["pruning"].append(entry)
+    layers = shorten_layers_(pruned)
+    masks = moved_parameters(pruned, masks, layers)
     if recipe.portable:
         make_plain_(pruned)
     report["stages"]["pruned"] = measure_stage(pruned, report["sequence_length"])
-    return Result(pruned, plan, report, recipe, masks)
+    return Result(pruned, plan, report, recipe, masks, layers=layers)
 
 
 def compress_family(
@@ -189,9 +192,10 @@ def compress_family(
         own = copy.deepcopy(report)
         own["recipe"] = one.model_dump(mode="json")
         own["pruning"].append(done.entry)
+        layers = shorten_layers_(done.model)
         own["stages"]["pruned"] = measure_stage(done.model, report["sequence_length"])
         plan = Plan(model.config.model_type).then(done.decision.selection.plan)
-        results.append(Result(done.model, plan, own, one))
+        results.append(Result(done.model, plan, own, one, layers=layers))
     return results
 
 

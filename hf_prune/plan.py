@@ -25,6 +25,19 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def rename_layers(name: str, layers: Mapping[str, str]) -> str:
+    """A path with the name of its layer replaced.
+
+    Args:
+        name: path from the base model.
+        layers: by the path of a layer, its other path.
+    """
+    for old, new in layers.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return name
+
+
 @dataclass(frozen=True)
 class SitePlan:
     """What stays of one site: the sorted indices of the kept units, out of `units`."""
@@ -152,3 +165,15 @@ class Plan:
             kept = tuple(before.kept[index] for index in site.kept)
             sites[name] = SitePlan(site.kind, before.units, kept)
         return Plan(self.model_type, sites, {**self.weights, **later.weights})
+
+    def moved(self, layers: Mapping[str, str]) -> "Plan":
+        """This plan with the names that layers had before some left their list.
+
+        Args:
+            layers: by the path of a layer now, its path before; none, if no layer has left.
+        """
+        return Plan(
+            self.model_type,
+            {rename_layers(name, layers): site for name, site in self.sites.items()},
+            self.weights,
+        )

@@ -15,8 +15,8 @@ from bench_rows import Rows, in_turn
 from packaged import packaged_model
 from transformers import AutoModelForSequenceClassification
 
-from hf_prune.measure.counts import example_batch
 from hf_prune.recipe import Prune, Schedule
+from hf_prune.statistics.example import example_batch
 from hf_prune.training.structure import StructuredPruning
 
 ROUNDS = 25

@@ -31,10 +31,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_prune.measure.counts import count_encoder_parameters, count_parameters, example_batch
+from hf_prune.measure.counts import count_encoder_parameters, count_parameters
 from hf_prune.measure.latency import compare_latency
 from hf_prune.oneshot import Analysis, analyse, prune_once
 from hf_prune.recipe import Prune, load_recipe
+from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.reconstruct import DenseTargets
 
 METHODS: dict[str, tuple[str, str]] = {

@@ -42,6 +42,7 @@ from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Student, Train
 from hf_prune.report.result import measure_stage, new_report
+from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.training.distill import distill_fields
 from hf_prune.training.lora import add_lora, merge_lora
 
@@ -200,6 +201,7 @@ class Job:
         self.pruned: PreTrainedModel | None = None
         self.plan = Plan(self.model.config.model_type)
         self.masks: dict[str, torch.Tensor] = {}
+        self.layers: dict[str, str] = {}  # by path of a layer now, that in the dense model
         self.report = new_report(recipe, self.model)
         self.student_rows: Dataset | None = None  # what a student learns from, if not the same
         self.trained_after_pruning = False
@@ -331,7 +333,7 @@ class Job:
 
     def _note_gradual(self, gradual: PruneCallback) -> None:
         assert gradual.plan is not None  # noqa: S101  # training has ended
-        self.plan = self.plan.then(gradual.plan)
+        self.plan = self.plan.then(gradual.plan.moved(self.layers))
         self.masks |= gradual.masks
         entry = gradual.selection.to_dict() if gradual.selection else {}
         self.report["pruning"].append({"kind": "structure", **entry, "gradual": True})
@@ -352,10 +354,17 @@ class Job:
         metric = score if stage.floor is not None else None
         result = compress(self.model, one, self.calibration(samples), metric=metric)
         self.model = result.model
-        self.plan = self.plan.then(result.plan)
+        self.plan = self.plan.then(result.plan.moved(self.layers))
+        self._note_layers(result.layers)
         self.masks |= result.masks
         self.report["pruning"] += result.report["pruning"]
         self.report["calibration_samples"] = min(samples, len(self.data["train"]))
+
+    def _note_layers(self, layers: dict[str, str]) -> None:
+        """Layers may have left their list: what is left has other names."""
+        if layers:
+            self.masks = moved_parameters(self.model, self.masks, layers)
+            self.layers = {now: self.layers.get(old, old) for now, old in layers.items()}
 
     def score(self, model: PreTrainedModel) -> float:
         """One number, higher = better: F1, accuracy, or the negative loss."""
@@ -398,13 +407,20 @@ class Job:
                     self._note_pruned()
                 self.train(stage, scheduled, index)
                 scheduled = None
+        self._note_layers(shorten_layers_(self.model))  # a gradual stage may have emptied some
         if self.trained_after_pruning:
             self.measure("recovered", self.model)
         else:
             self._note_pruned()
         self.time()
         return Result(
-            self.model, self.plan, self.report, self.recipe, self.masks, tokenizer=self.tokenizer
+            self.model,
+            self.plan,
+            self.report,
+            self.recipe,
+            self.masks,
+            tokenizer=self.tokenizer,
+            layers=self.layers,
         )
 
     def time(self) -> None:

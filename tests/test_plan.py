@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hf_prune import plan as plan_module
 from hf_prune.errors import PlanError
-from hf_prune.plan import Plan, SitePlan
+from hf_prune.plan import Plan, SitePlan, rename_layers
 
 
 @st.composite
@@ -135,3 +135,23 @@ def test_then():
     assert (both.sites["b"], both.sites["c"]) == (first.sites["b"], later.sites["c"])
     with pytest.raises(PlanError, match="a: 3 units are left, not 4"):
         first.then(Plan("bert", {"a": SitePlan("heads", 4, (0,))}))
+
+
+def test_names_of_layers_are_replaced_as_a_whole():
+    layers = {"layers.1": "layers.3", "layers.10": "layers.12"}
+    assert rename_layers("layers.1.mlp", layers) == "layers.3.mlp"
+    assert rename_layers("layers.10.mlp", layers) == "layers.12.mlp"
+    assert rename_layers("layers.1", layers) == "layers.3"
+    assert rename_layers("layers.2.mlp", layers) == "layers.2.mlp"
+
+
+def test_a_plan_after_layers_have_left():
+    first = Plan("llama", {"layers.1.mlp": SitePlan("neurons", 4, ()), "layers.2.mlp": whole(4)})
+    later = Plan("llama", {"layers.1.mlp": SitePlan("neurons", 4, (1, 3))})
+    both = first.then(later.moved({"layers.0": "layers.0", "layers.1": "layers.2"}))
+    assert both.sites["layers.1.mlp"].kept == ()
+    assert both.sites["layers.2.mlp"].kept == (1, 3)
+
+
+def whole(units):
+    return SitePlan("neurons", units, tuple(range(units)))

@@ -22,8 +22,8 @@ _DECODER_FFN = replace(_FFN, size="decoder_ffn_dim")
 BART = Family(
     "bart",
     (
-        Stack(layers="encoder.layers", attention=_ATTENTION, ffn=_FFN),
-        Stack(layers="decoder.layers", attention=_ATTENTION, cross=_CROSS, ffn=_DECODER_FFN),
+        Stack("encoder.layers", _ATTENTION, _FFN, length="encoder_layers"),
+        Stack("decoder.layers", _ATTENTION, _DECODER_FFN, cross=_CROSS, length="decoder_layers"),
     ),
 )
 
@@ -36,12 +36,14 @@ WHISPER = Family(
             layers="encoder.layers",
             attention=replace(_ATTENTION, sum="final_layer_norm"),
             ffn=_END,
+            length="encoder_layers",
         ),
         Stack(
             layers="decoder.layers",
             attention=replace(_ATTENTION, sum="encoder_attn_layer_norm"),
             cross=replace(_CROSS, sum="final_layer_norm"),
             ffn=replace(_DECODER_FFN, sum=""),
+            length="decoder_layers",
         ),
     ),
 )

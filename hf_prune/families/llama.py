@@ -45,6 +45,7 @@ GEMMA3 = Family(
             ffn=replace(
                 _FFN, sum="post_feedforward_layernorm", size="text_config.intermediate_size"
             ),
+            length="text_config.num_hidden_layers",
         ),
     ),
 )

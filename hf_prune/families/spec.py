@@ -112,6 +112,8 @@ class Stack:
     experts: Experts | None = None
     depth: str = ""
     """Key of the config that says how many times the lists are run in turn (shared layers)."""
+    length: str = "num_hidden_layers"
+    """Key of the config that says how many layers the list has."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ def _stacks(up: tuple[str, ...]) -> tuple[Stack, ...]:
 
     cross = replace(_ATTENTION, path="layer.1.EncDecAttention", sum="layer.2.layer_norm")
     return (
-        Stack(layers="encoder.block", attention=_ATTENTION, ffn=ffn("layer.1")),
-        Stack(layers="decoder.block", attention=_ATTENTION, cross=cross, ffn=ffn("layer.2")),
+        Stack("encoder.block", _ATTENTION, ffn("layer.1"), length="num_layers"),
+        Stack(
+            "decoder.block", _ATTENTION, ffn("layer.2"), cross=cross, length="num_decoder_layers"
+        ),
     )
 
 

@@ -47,11 +47,13 @@ CLIP = Family(
             _CLIP,
             layers="text_model.encoder.layers",
             ffn=replace(_CLIP_FFN, size="text_config.intermediate_size"),
+            length="text_config.num_hidden_layers",
         ),
         replace(
             _CLIP,
             layers="vision_model.encoder.layers",
             ffn=replace(_CLIP_FFN, size="vision_config.intermediate_size"),
+            length="vision_config.num_hidden_layers",
         ),
     ),
 )

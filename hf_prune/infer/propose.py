@@ -20,9 +20,9 @@ from hf_prune.errors import HfPruneError, UnsupportedModelError
 from hf_prune.families import FAMILIES
 from hf_prune.families.spec import Attention, Family, Ffn, Stack
 from hf_prune.gates import masked
-from hf_prune.measure.counts import example_batch
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import base_model, find_sites, logical_weight
+from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.remove import remove_units
 
 TOLERANCE = 1e-5

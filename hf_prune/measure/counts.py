@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from hf_prune.sites import layer_modules
+from hf_prune.statistics.example import example_batch
 
 
 def _distinct(parameters: Iterable[nn.Parameter]) -> int:
@@ -37,49 +38,6 @@ def count_encoder_parameters(model: PreTrainedModel) -> int:
 def count_nonzero(model: nn.Module) -> int:
     """Parameters that are not exactly zero, tied ones once."""
     return sum(int(torch.count_nonzero(p)) for p in model.parameters())
-
-
-def _samples(model: PreTrainedModel, tokens: int) -> int:
-    """Samples of sound of which the convolutions of a speech encoder make so many tokens."""
-    config = model.config
-    for kernel, stride in zip(
-        reversed(config.conv_kernel), reversed(config.conv_stride), strict=True
-    ):
-        tokens = (tokens - 1) * stride + kernel
-    return tokens
-
-
-def _picture(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
-    config = getattr(model.config, "vision_config", model.config)
-    return torch.zeros(batch_size, config.num_channels, config.image_size, config.image_size)
-
-
-def example_batch(
-    model: PreTrainedModel, batch_size: int, sequence_length: int
-) -> dict[str, torch.Tensor]:
-    """Inputs for measuring, on the model's device: `[B, T]` token ids, all of them real tokens.
-
-    Encoder-decoders get as many for the decoder. Images, and sound for Whisper, have the one size
-    that their model takes, whatever the length.
-    """
-    config, inputs = model.config, {}
-    if model.main_input_name == "input_values":
-        inputs["input_values"] = torch.zeros(batch_size, _samples(model, sequence_length))
-    elif model.main_input_name == "input_features":
-        frames = 2 * config.max_source_positions
-        inputs["input_features"] = torch.zeros(batch_size, config.num_mel_bins, frames)
-    if model.main_input_name == "pixel_values" or config.model_type == "clip":
-        inputs["pixel_values"] = _picture(model, batch_size)
-    if model.main_input_name == "input_ids" or config.is_encoder_decoder:
-        vocabulary = int(config.get_text_config().vocab_size)
-        generator = torch.Generator().manual_seed(0)
-        low = min(5, vocabulary - 1)  # past padding and the like
-        ids = torch.randint(low, vocabulary, (batch_size, sequence_length), generator=generator)
-        if model.main_input_name == "input_ids":
-            inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
-    return {name: value.to(model.device) for name, value in inputs.items()}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_prune.measure.counts import example_batch
+from hf_prune.statistics.example import example_batch
 
 
 @dataclass(frozen=True)

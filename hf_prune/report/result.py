@@ -34,7 +34,8 @@ class Result:
     """What a compression gives back.
 
     `masks` says which single weights stay (pass them to `KeepZeros` when training goes on); it is
-    empty where no single weight was pruned.
+    empty where no single weight was pruned. `plan` speaks of layers by the paths that they had
+    before; `layers` says which path each had, where some left their list.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class Result:
     recipe: Recipe
     masks: dict[str, Tensor] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
+    layers: dict[str, str] = field(default_factory=dict)
 
 
 def measure_stage(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What can go: the sites of a model, with the slices of the weights that their units own."""
 
-from hf_prune.sites.find import find_sites, join, layer_modules
+from hf_prune.sites.find import find_layers, find_sites, join, layer_modules
 from hf_prune.sites.modules import (
     base_model,
     check_not_quantized,
@@ -12,16 +12,18 @@ from hf_prune.sites.modules import (
     out_features,
     projection,
 )
-from hf_prune.sites.site import ALL_KINDS, KINDS, Attribute, Site, Slice
+from hf_prune.sites.site import ALL_KINDS, KINDS, Attribute, Layer, Site, Slice
 
 __all__ = [
     "ALL_KINDS",
     "KINDS",
     "Attribute",
+    "Layer",
     "Site",
     "Slice",
     "base_model",
     "check_not_quantized",
+    "find_layers",
     "find_sites",
     "gate_weight",
     "get_module",

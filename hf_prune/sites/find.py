@@ -26,7 +26,7 @@ from hf_prune.sites.modules import (
     out_features,
     projection,
 )
-from hf_prune.sites.site import KINDS, Attribute, Site, Slice
+from hf_prune.sites.site import KINDS, Attribute, Layer, Site, Slice
 
 
 def join(*parts: str) -> str:
@@ -304,6 +304,28 @@ def find_sites(
         for site in _sites_of(base, place)
         if site and site.kind in kinds and not any(fnmatch.fnmatch(site.name, p) for p in ignore)
     ]
+
+
+def _outputs(stack: Stack) -> list[str]:
+    blocks = [block for block in (stack.attention, stack.cross) if block]
+    return [join(block.path, block.out) for block in blocks] + (
+        [stack.ffn.down] if stack.ffn else []
+    )
+
+
+def find_layers(model: PreTrainedModel) -> list[Layer]:
+    """The transformer layers of a model, in order.
+
+    Raises:
+        UnsupportedModelError: as `find_sites`.
+    """
+    base, layers = base_model(model), []
+    for place in _places(model):
+        paths = (join(place.name, name) for name in _outputs(place.stack))
+        outputs = tuple(path for path in paths if has_module(base, path))
+        length = "" if place.stack.depth else place.stack.length
+        layers.append(Layer(place.name, place.name.rpartition(".")[0], outputs, length))
+    return layers
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:

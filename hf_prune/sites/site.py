@@ -74,6 +74,20 @@ class Site:
     """The list that the layer is in: encoder and decoder are two."""
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a list of layers."""
+
+    name: str
+    """Path from the base model."""
+    list: str
+    """Path of the list that it is in."""
+    outputs: tuple[str, ...]
+    """Its output projections: of attention, of cross-attention, of the feed-forward block."""
+    length: str
+    """Key of the config that says how many layers the list has; "" = none does."""
+
+
 KINDS = ("heads", "neurons")
 """What is found if nothing else is asked for."""
 ALL_KINDS = (*KINDS, "expert_neurons", "experts")

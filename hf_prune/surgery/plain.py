@@ -9,7 +9,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import ALL_KINDS, Site, base_model, find_sites
@@ -20,14 +20,7 @@ from hf_prune.surgery.rebuild import (
     NoInputs,
     T5KeptHeads,
 )
-
-
-def _set(config: PreTrainedConfig, key: str, value: int) -> None:
-    *path, last = key.split(".")
-    holder = config
-    for part in path:
-        holder = getattr(holder, part)
-    setattr(holder, last, value)
+from hf_prune.surgery.shapes import forget_shapes_, set_key_
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -89,19 +82,13 @@ def make_plain_(model: PreTrainedModel) -> None:
     """
     sizes = _sizes(model)
     config = copy.deepcopy(model.config)
-    for part in (config, config.get_text_config(decoder=True)):
-        for key in (
-            "quantization_config",
-            "_heterogeneity_spec",
-            "allow_global_per_layer_attribute_access",
-        ):
-            part.__dict__.pop(key, None)
+    forget_shapes_(config)
     text = config.get_text_config(decoder=True)
     if any("head" in key for key in sizes) and getattr(text, "head_dim", None) is None:
         text.head_dim = text.hidden_size // text.num_attention_heads
     try:
         for key, value in sizes.items():
-            _set(config, key, value)
+            set_key_(config, key, value)
         with torch.device("meta"):
             built = type(model)(config)
     except (ValueError, AttributeError) as error:

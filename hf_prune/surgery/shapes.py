@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import CheckpointError
 from hf_prune.sites import base_model, find_sites, logical_weight
 from hf_prune.surgery.rebuild import (
+    KEY,
     QUANT_METHOD,
     SHAPES_VERSION,
     TABLES,
@@ -71,6 +72,31 @@ def get_shapes(model: PreTrainedModel) -> dict[str, Any]:
         if table in ("modules", "attributes") or table in data
     }
     return {"quant_method": QUANT_METHOD, "version": SHAPES_VERSION, **tables}
+
+
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Whether the config describes other widths than it would build by itself."""
+    return getattr(model.config, KEY, None) is not None
+
+
+def forget_shapes_(config: PreTrainedConfig) -> None:
+    """Take our description out of a config, with what it says of the widths of each layer."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in (KEY, "_heterogeneity_spec", "allow_global_per_layer_attribute_access"):
+            part.__dict__.pop(key, None)
+
+
+def get_key(config: PreTrainedConfig, key: str) -> Any:
+    """What a config says under a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def set_key_(config: PreTrainedConfig, key: str, value: int) -> None:
+    """Say something under a dotted key of a config."""
+    path, _, last = key.rpartition(".")
+    setattr(get_key(config, path) if path else config, last, value)
 
 
 def record_shapes_(model: PreTrainedModel, changes: Changes) -> None:
