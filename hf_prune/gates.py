@@ -17,7 +17,18 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import PlanError, UnsupportedModelError
 from hf_prune.plan import Plan
-from hf_prune.sites import ALL_KINDS, Site, base_model, find_sites, get_module, projection
+from hf_prune.sites import (
+    ALL_KINDS,
+    HIDDEN,
+    Site,
+    base_model,
+    find_module,
+    find_sites,
+    get_module,
+    norms,
+    projection,
+    readers,
+)
 
 
 @dataclass
@@ -208,6 +219,60 @@ def _expert_gate(router: nn.Module, gates: Gates, site: Site) -> list[RemovableH
     return [router.register_forward_pre_hook(before), router.register_forward_hook(after)]
 
 
+def _hidden_gate(model: PreTrainedModel, gates: Gates, site: Site) -> list[RemovableHandle]:
+    """Scale the channels wherever they are read. Norms know nothing of the closed ones."""
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        gate = gates.values.get(site.name)
+        if gate is None or args[0].shape[-1] != site.units:
+            return None
+        return (_gated(args[0], gate.to(args[0])), *args[1:])
+
+    fused = {item.module for item in site.slices if item.parameter} & {
+        path
+        for other in find_sites(model, ("expert_neurons", "experts"))
+        for path in (item.module for item in other.slices)
+    }
+    handles = [
+        find_module(model, name).register_forward_pre_hook(before)
+        for name in (*readers(site), *sorted(fused))
+    ]
+    for name in norms(model, site):
+        handles += _norm_gate(find_module(model, name), gates, site)
+    return handles
+
+
+def _norm_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableHandle]:
+    """A norm over the open channels alone; the others become zero."""
+    kept: list[tuple[dict[str, Any], Any, Tensor]] = []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        gate = gates.values.get(site.name)
+        if gate is None or gate.ndim > 1 or bool(gate.all()):
+            return None
+        open_ = gate.nonzero().flatten().to(args[0].device)
+        shape = getattr(module, "normalized_shape", None)
+        kept.append((dict(module._parameters), shape, open_))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = parameter[open_]  # type: ignore[assignment]  # until the call ends
+        if shape is not None:
+            module.normalized_shape = (len(open_),)  # type: ignore[assignment]  # of LayerNorm
+        return (args[0][..., open_], *args[1:])
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not kept:
+            return None
+        parameters, shape, open_ = kept.pop()
+        module._parameters.update(parameters)
+        if shape is not None:
+            module.normalized_shape = shape
+        wide = output.new_zeros(*output.shape[:-1], site.units)
+        return wide.index_copy(-1, open_, output)
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
 def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
     """Put a gate before each site's output projection; all open until `values` says otherwise."""
     base = base_model(model)
@@ -217,9 +282,16 @@ def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
             gates.handles += _neuron_gate(get_module(base, site.gate.module), gates, site)
         elif site.kind == "experts":
             gates.handles += _expert_gate(get_module(base, site.core), gates, site)
+        elif site.kind == HIDDEN:
+            gates.handles += _hidden_gate(model, gates, site)
         else:
             gates.handles += _linear_gate(projection(base, site.gate.module), gates, site)
     return gates
+
+
+def sites_for(model: PreTrainedModel, plan: Plan) -> list[Site]:
+    """All sites that a plan may speak of; that of the hidden width only where it does."""
+    return find_sites(model, (*ALL_KINDS, HIDDEN) if HIDDEN in plan.sites else ALL_KINDS)
 
 
 def check_plan(plan: Plan, sites: Sequence[Site], model_type: str) -> list[Site]:
@@ -262,7 +334,7 @@ def plan_gates(plan: Plan) -> dict[str, Tensor]:
 
 def close_gates(model: PreTrainedModel, plan: Plan) -> Gates:
     """Mask what a plan removes, shapes unchanged, until `.remove()` is called on the result."""
-    sites = check_plan(plan, find_sites(model, ALL_KINDS), model.config.model_type)
+    sites = check_plan(plan, sites_for(model, plan), model.config.model_type)
     gates = attach_gates(model, sites)
     gates.values.update(plan_gates(plan))
     return gates

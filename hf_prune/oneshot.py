@@ -18,12 +18,13 @@ from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.recipe import Floor, Prune
 from hf_prune.search import LevelSearch
-from hf_prune.sites import Site, find_sites
+from hf_prune.sites import HIDDEN, Site, find_sites
 from hf_prune.statistics.batches import Batch, first_examples
-from hf_prune.statistics.collect import collect
+from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect
 from hf_prune.statistics.score import score
 from hf_prune.surgery.reconstruct import DenseTargets, dense_targets, refit
 from hf_prune.surgery.remove import remove_units
+from hf_prune.surgery.width import refit_width
 from hf_prune.targets import Chooser, Decision
 from hf_prune.training.structure import same_on_all_processes
 
@@ -108,6 +109,11 @@ def analyse(
         )
     seconds: dict[str, float] = {}
     wanted = needs(get_criterion(stage.criterion))
+    if stage.units == (HIDDEN,) and set(wanted) & (INPUTS | OUTPUTS):
+        raise ConfigError(
+            f"criterion {stage.criterion!r} looks at what enters one projection, and many read the "
+            "hidden width. Use fisher, taylor, or magnitude."
+        )
     few = first_examples(model, batches, stage.calibration_samples)
     with _timed(seconds, "statistics"):
         statistics = collect(model, sites, few, wanted, seed, stage.projections)
@@ -136,8 +142,12 @@ def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
     fitted: list[str] = []
     if stage.reconstruct:
         targets = analysis.dense_targets()
+        hidden = decision.selection.plan.sites.get(HIDDEN)
         with _timed(seconds, "reconstruct"):
-            fitted = refit(model, targets, ridge=stage.ridge)
+            if hidden is None:
+                fitted = refit(model, targets, ridge=stage.ridge)
+            elif hidden.removed:
+                fitted = refit_width(model, targets, hidden.kept, ridge=stage.ridge)
     entry = {
         "kind": "structure",
         **decision.to_dict(),

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 from transformers import PreTrainedModel
 
-from hf_prune.budget.costs import Goal, linear_tables, make_goal
+from hf_prune.budget.costs import Goal, cost_tables, make_goal
 from hf_prune.budget.solvers import Outcome, Selection, decide, selection_of
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
@@ -91,18 +91,18 @@ def _counted(
     length = stage.sequence_length
     if target.parameters is not None:
         total = count_parameters(model)
-        tables = linear_tables(sites, "parameters", length)
+        tables = cost_tables(sites, "parameters", length)
         goals.append(Goal("parameters", tables, total, total - _allowed(target.parameters, total)))
     if target.macs is not None:
         total = count_macs(model, length)
-        tables = linear_tables(sites, "macs", length)
+        tables = cost_tables(sites, "macs", length)
         goals.append(Goal("macs", tables, total, total - _allowed(target.macs, total)))
     if target.bytes is not None:
         size = model.dtype.itemsize
         total = size * count_parameters(model)
         tables = {
             name: tuple(size * count for count in table)
-            for name, table in linear_tables(sites, "parameters", length).items()
+            for name, table in cost_tables(sites, "parameters", length).items()
         }
         goals.append(Goal("bytes", tables, total, total - _allowed(target.bytes, total)))
     return goals

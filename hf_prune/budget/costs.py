@@ -67,13 +67,18 @@ class Goal:
         return self.prunable - self.spent(counts)
 
 
-def linear_tables(
+def cost_tables(
     sites: Sequence[Site], cost: str, sequence_length: int
 ) -> dict[str, tuple[int, ...]]:
-    """The tables of a cost that grows by the same amount with each unit."""
+    """By site, what it costs to keep each number of its units.
+
+    It grows by the same amount with each unit, but for what belongs to pairs of them.
+    """
     per_unit = {site.name: unit_cost(site, cost, sequence_length) for site in sites}
     return {
-        site.name: tuple(count * per_unit[site.name] for count in range(site.units + 1))
+        site.name: tuple(
+            count * per_unit[site.name] + count**2 * site.square for count in range(site.units + 1)
+        )
         for site in sites
     }
 
@@ -95,6 +100,6 @@ def make_goal(
         sequence_length: tokens of the sequence whose MACs are counted.
         base: what the sparsity is a fraction of; the cost of all units, if not given.
     """
-    tables = linear_tables(sites, cost, sequence_length)
+    tables = cost_tables(sites, cost, sequence_length)
     total = sum(table[-1] for table in tables.values()) if base is None else base
     return Goal(cost, tables, total, count_to_remove(sparsity, total))

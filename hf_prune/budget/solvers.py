@@ -314,7 +314,7 @@ def floors_of(stage: Prune) -> dict[str, int]:
 
 def steps_of(stage: Prune) -> dict[str, int]:
     """By kind, of which number the kept units are a multiple."""
-    return {"neurons": stage.round_to}
+    return {"neurons": stage.round_to, "hidden": stage.round_to}
 
 
 def selection_of(

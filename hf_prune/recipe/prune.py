@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
 
-Unit = Literal["heads", "neurons", "weights"]
+Unit = Literal["heads", "neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
 """The kinds of unit that a recipe can name."""
 
@@ -168,9 +168,9 @@ class Weights(Model):
     """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
 
 
-def _default_of(structure: str, *, weights: str) -> Callable[[dict[str, Any]], str]:
-    """The default of a field for heads and neurons, and that for single weights."""
-    return lambda data: weights if data.get("units") == ("weights",) else structure
+def _default_of(structure: str, **others: str) -> Callable[[dict[str, Any]], str]:
+    """The default of a field for heads and neurons, and those for other units that are alone."""
+    return lambda data: others.get("".join(data.get("units", ())), structure)
 
 
 class Prune(Model):
@@ -179,10 +179,12 @@ class Prune(Model):
     stage: Literal["prune"] = "prune"
     """Tells this stage from the others."""
     units: tuple[Unit, ...] = ("heads", "neurons")
-    """What may go: `heads` and `neurons` are really removed, single `weights` become zero."""
-    criterion: str = Field(default_factory=_default_of("kfac_obs", weights="admm"))
+    """What may go: `heads` and `neurons` are really removed, and so are channels of the `hidden`
+    width of the whole model; single `weights` become zero."""
+    criterion: str = Field(default_factory=_default_of("kfac_obs", weights="admm", hidden="fisher"))
     """A key of `hf_prune.criteria.CRITERIA`. For weights: one of
-    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, and for weights `admm`."""
+    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, for the hidden width `fisher`,
+    and for weights `admm`."""
     solver: str = Field(default_factory=_default_of("knapsack", weights="uniform"))
     """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (the same share of each
     matrix), `global` (one ranking), `outliers`, or `knapsack` (by layer errors). If not given,
@@ -205,7 +207,8 @@ class Prune(Model):
     min_neurons: int = Field(default=1, ge=1)
     """Neurons that every feed-forward block keeps."""
     round_to: int = Field(default=1, ge=1)
-    """Neurons kept are a multiple of this (8 or 16 suits most hardware), unless all stay."""
+    """Neurons, and channels, kept are a multiple of this (8 or 16 suits most hardware), unless all
+    stay."""
     even: bool = False
     """All layers of a stack keep the same number of heads, and of neurons."""
     ignore: tuple[str, ...] = ()
@@ -254,6 +257,8 @@ class Prune(Model):
     def _one_kind(self) -> "Prune":
         if not self.units or len(set(self.units)) < len(self.units):
             raise ValueError("units must name each kind once, and at least one of them")
+        if "hidden" in self.units:
+            self._check_hidden()
         if "weights" in self.units and len(self.units) > 1:
             raise ValueError(
                 "weights cannot share a stage with heads or neurons: write two stages, "
@@ -264,6 +269,14 @@ class Prune(Model):
         if self.of == "layers" and (self.cost == "macs" or "weights" in self.units):
             raise ValueError("of: layers is for cost: parameters of heads and neurons")
         return self
+
+    def _check_hidden(self) -> None:
+        if len(self.units) > 1:
+            raise ValueError("hidden cannot share a stage with other units: write two stages")
+        if self.schedule is not None or self.target is not None or self.floor is not None:
+            raise ValueError("the hidden width is pruned in one shot, to a sparsity")
+        if self.cost == "macs" or self.of == "layers":
+            raise ValueError("the sparsity of the hidden width is one of all parameters it is in")
 
     @model_validator(mode="after")
     def _one_goal(self) -> "Prune":

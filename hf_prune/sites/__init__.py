@@ -1,6 +1,7 @@
 """What can go: the sites of a model, with the slices of the weights that their units own."""
 
 from hf_prune.sites.find import find_layers, find_sites, join, layer_modules
+from hf_prune.sites.hidden import find_module, norms, readers
 from hf_prune.sites.modules import (
     base_model,
     check_not_quantized,
@@ -12,10 +13,11 @@ from hf_prune.sites.modules import (
     out_features,
     projection,
 )
-from hf_prune.sites.site import ALL_KINDS, KINDS, Attribute, Layer, Site, Slice
+from hf_prune.sites.site import ALL_KINDS, HIDDEN, KINDS, Attribute, Layer, Site, Slice
 
 __all__ = [
     "ALL_KINDS",
+    "HIDDEN",
     "KINDS",
     "Attribute",
     "Layer",
@@ -24,6 +26,7 @@ __all__ = [
     "base_model",
     "check_not_quantized",
     "find_layers",
+    "find_module",
     "find_sites",
     "gate_weight",
     "get_module",
@@ -32,6 +35,8 @@ __all__ = [
     "join",
     "layer_modules",
     "logical_weight",
+    "norms",
     "out_features",
     "projection",
+    "readers",
 ]

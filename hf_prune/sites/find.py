@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import get_family
 from hf_prune.families.spec import Attention, Experts, Ffn, Stack
+from hf_prune.sites.hidden import hidden_site
 from hf_prune.sites.modules import (
     base_model,
     check_not_quantized,
@@ -26,7 +27,7 @@ from hf_prune.sites.modules import (
     out_features,
     projection,
 )
-from hf_prune.sites.site import KINDS, Attribute, Layer, Site, Slice
+from hf_prune.sites.site import HIDDEN, KINDS, Attribute, Layer, Site, Slice
 
 
 def join(*parts: str) -> str:
@@ -291,18 +292,21 @@ def find_sites(
     Args:
         model: a transformers model of a known family, with any head or none.
         kinds: of `ALL_KINDS`: `heads`, `neurons`; in a mixture of experts also `experts`, and
-            `expert_neurons`, which all experts of a layer have in common.
+            `expert_neurons`, which all experts of a layer have in common. Or `hidden`: one site of
+            the whole model, that comes last.
         ignore: shell patterns of names to leave out, such as `encoder.layer.0.*`.
 
     Raises:
         UnsupportedModelError: for an unknown family, a wrapper, or an unexpected layout.
     """
     base = base_model(model)
+    found = [site for place in _places(model) for site in _sites_of(base, place) if site]
+    if HIDDEN in kinds:
+        found.append(hidden_site(model, found))
     return [
         site
-        for place in _places(model)
-        for site in _sites_of(base, place)
-        if site and site.kind in kinds and not any(fnmatch.fnmatch(site.name, p) for p in ignore)
+        for site in found
+        if site.kind in kinds and not any(fnmatch.fnmatch(site.name, p) for p in ignore)
     ]
 
 

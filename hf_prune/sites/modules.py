@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.sites.site import Site, Slice
+from hf_prune.sites.site import HIDDEN, Site, Slice
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -114,8 +114,13 @@ def has_module(root: nn.Module, name: str) -> bool:
 def gate_weight(root: nn.Module, site: Site) -> Tensor:
     """The entries that each unit owns in what its gate acts on, `[U, N]`.
 
-    For heads and neurons these are columns of the output projection, `N = width * E`.
+    For heads and neurons these are columns of the output projection, `N = width * E`; for channels
+    those of everything in the base model that reads them.
     """
+    if site.kind == HIDDEN:
+        names = [item.module for item in site.slices if not item.parameter and item.axis == 1]
+        inside = [name for name in names if not name.startswith("/")]
+        return torch.cat([logical_weight(projection(root, name)) for name in inside]).T
     if site.gate.parameter:
         parameter = get_parameter(root, site.gate)
         stored: Tensor = parameter.movedim(site.gate.axis, 0).flatten(1)  # [..., U, ...] -> [U, N]

@@ -72,6 +72,8 @@ class Site:
     that number for all layers alike; () = it cannot."""
     stack: str = ""
     """The list that the layer is in: encoder and decoder are two."""
+    square: int = 0
+    """Parameters that belong to each pair of units, where both axes of a matrix are of the site."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class Layer:
     """Key of the config that says how many layers the list has; "" = none does."""
 
 
+HIDDEN = "hidden"
+"""The kind, and the name, of the one site of the hidden width."""
 KINDS = ("heads", "neurons")
 """What is found if nothing else is asked for."""
 ALL_KINDS = (*KINDS, "expert_neurons", "experts")
-"""Every kind of unit."""
+"""Every kind of unit that belongs to one block."""

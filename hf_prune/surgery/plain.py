@@ -9,10 +9,11 @@ import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.sites import ALL_KINDS, Site, base_model, find_sites
+from hf_prune.sites import ALL_KINDS, HIDDEN, Site, base_model, find_sites
+from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.rebuild import (
     ConfigView,
     MPNetKeptHeads,
@@ -21,6 +22,15 @@ from hf_prune.surgery.rebuild import (
     T5KeptHeads,
 )
 from hf_prune.surgery.shapes import forget_shapes_, set_key_
+
+
+def _hidden_width(model: PreTrainedModel) -> int | None:
+    """The hidden width as it is; None where there is no single one."""
+    try:
+        (site,) = find_sites(model, [HIDDEN])
+    except UnsupportedModelError:
+        return None
+    return site.units
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -39,7 +49,10 @@ def _sizes(model: PreTrainedModel) -> dict[str, int]:
                 f"layers differ: {key} would have to be {sorted(found)}. A plain config has one "
                 "number for all of them: prune with even: true."
             )
-    return {key: found.pop() for key, found in counts.items()}
+    sizes = {key: found.pop() for key, found in counts.items()}
+    width = _hidden_width(model)
+    text = model.config.get_text_config(decoder=True)
+    return sizes if width in (None, text.hidden_size) else {**sizes, "hidden_size": width}
 
 
 def _integers(module: nn.Module, site: Site) -> dict[str, object]:
@@ -71,6 +84,25 @@ def _check_same(model: PreTrainedModel, built: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"a plain config would build {site.name} otherwise.")
 
 
+@torch.no_grad()
+def _check_outputs(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Some models scale by the hidden width that their config says: compare what comes out."""
+    built: PreTrainedModel = type(model)(copy.deepcopy(config)).eval()
+    nn.Module.to(built, device=model.device, dtype=model.dtype)
+    built.load_state_dict(model.state_dict())
+    outputs = []
+    for each in (model, built):
+        training = each.training
+        outputs.append(each.eval()(**example_batch(each, 2, 8))[0].double())
+        each.train(training)
+    allowed = 256 * torch.finfo(model.dtype).eps * float(outputs[0].abs().max())
+    if float((outputs[0] - outputs[1]).abs().max()) > allowed:
+        raise UnsupportedModelError(
+            f"a plain config would build another {model.config.model_type}: it computes with the "
+            "hidden width. Leave portable out."
+        )
+
+
 def make_plain_(model: PreTrainedModel) -> None:
     """Let the config of a pruned model say its widths by itself, and take our description away.
 
@@ -84,7 +116,10 @@ def make_plain_(model: PreTrainedModel) -> None:
     config = copy.deepcopy(model.config)
     forget_shapes_(config)
     text = config.get_text_config(decoder=True)
-    if any("head" in key for key in sizes) and getattr(text, "head_dim", None) is None:
+    if (
+        any("head" in key or key == "hidden_size" for key in sizes)
+        and getattr(text, "head_dim", None) is None
+    ):
         text.head_dim = text.hidden_size // text.num_attention_heads
     try:
         for key, value in sizes.items():
@@ -94,6 +129,8 @@ def make_plain_(model: PreTrainedModel) -> None:
     except (ValueError, AttributeError) as error:
         raise UnsupportedModelError(f"a plain config cannot say the widths: {error}") from error
     _check_same(model, built)
+    if "hidden_size" in sizes:
+        _check_outputs(model, config)
     old = model.config
     model.config = config
     for module in model.modules():

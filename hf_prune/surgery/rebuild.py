@@ -517,6 +517,8 @@ def update_sizes_(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        module.out_channels = module.weight.shape[0]
 
 
 def _renew_(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:

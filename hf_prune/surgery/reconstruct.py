@@ -181,7 +181,7 @@ class _Walk:
         for index, stream in enumerate(self.calls):
             with watched(base, site, stop=not last) as seen:
                 run_layer(base, layer, self.hidden[index], stream.calls[layer])
-            inputs, residual = _inputs_and_residual(seen)
+            inputs, residual = inputs_and_residual(seen)
             target = sums[index][site.name].to(residual.device) - residual
             mask = stream.mask.to(residual.device)
             judges = self.targets.held_out[index].to(residual.device).unsqueeze(1)  # [B, 1]
@@ -194,7 +194,7 @@ class _Walk:
         new, new_bias, _ = fit_checked(
             fitted.over_processes(), held_out.over_processes(), weight, bias, ridges
         )
-        _write(module, new, new_bias)
+        write_(module, new, new_bias)
         if last:
             self._go_on(site, module, passed)
 
@@ -203,16 +203,18 @@ class _Walk:
         base = base_model(self.model)
         after = base.get_submodule(site.sum_module) if site.sum_module else nn.Identity()
         for index, seen in enumerate(passed):
-            inputs, residual = _inputs_and_residual(seen)
+            inputs, residual = inputs_and_residual(seen)
             self.hidden[index] = after(residual + module(inputs).view_as(residual))
 
 
-def _inputs_and_residual(seen: Seen) -> tuple[Tensor, Tensor]:
+def inputs_and_residual(seen: Seen) -> tuple[Tensor, Tensor]:
+    """What a projection saw, and what its output was added to."""
     assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
     return seen.inputs, seen.total - seen.output.view_as(seen.total)
 
 
-def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def write_(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear layer the weights that a fit has found, the same on all processes."""
     if PartialState().num_processes > 1:  # equal sums give equal solutions, but only up to rounding
         weight = broadcast(weight.contiguous())
         bias = None if bias is None else broadcast(bias)

@@ -6,20 +6,18 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prune.gates import check_plan
+from hf_prune.gates import check_plan, sites_for
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import (
-    ALL_KINDS,
+    HIDDEN,
     Site,
     Slice,
     base_model,
-    find_sites,
-    get_parameter,
+    find_module,
     join,
     logical_weight,
-    projection,
 )
-from hf_prune.surgery.rebuild import empty_, keep_heads_, set_attribute_
+from hf_prune.surgery.rebuild import empty_, keep_heads_, set_attribute_, update_sizes_
 from hf_prune.surgery.shapes import (
     Changes,
     keep_index,
@@ -38,15 +36,16 @@ def _positions(item: Slice, units: tuple[int, ...]) -> list[int]:
     return [start + step for start in starts for step in range(item.width)]
 
 
-def _cut(base: nn.Module, drop: Drop, changes: Changes) -> None:
+def _cut(model: PreTrainedModel, drop: Drop, changes: Changes) -> None:
     for (name, parameter, axis), positions in drop.items():
         if parameter:
-            size = get_parameter(base, Slice(name, axis, 1, 0, parameter)).shape[axis]
-            index = keep_index(size, positions)
-            narrow_parameter_(base.get_submodule(name), parameter, axis, index)
+            module = find_module(model, name)
+            index = keep_index(getattr(module, parameter).shape[axis], positions)
+            narrow_parameter_(module, parameter, axis, index)
+            update_sizes_(module)
             changes.parameters.add(join(name, parameter))
         else:
-            module = projection(base, name)
+            module = find_module(model, name)
             narrow_(module, axis, keep_index(logical_weight(module).shape[axis], positions))
             changes.modules.add(name)
 
@@ -82,7 +81,7 @@ def remove_units(model: PreTrainedModel, plan: Plan) -> None:
         UnsupportedModelError: for an unknown family, a wrapper or adapters.
     """
     base = base_model(model)
-    sites = check_plan(plan, find_sites(model, ALL_KINDS), model.config.model_type)
+    sites = check_plan(plan, sites_for(model, plan), model.config.model_type)
     drop: dict[tuple[str, str, int], list[int]] = defaultdict(list)
     changed: list[Site] = []
     for site in sites:
@@ -94,9 +93,11 @@ def remove_units(model: PreTrainedModel, plan: Plan) -> None:
     if not changed:
         return
     changes = Changes()
-    _cut(base, drop, changes)
+    _cut(model, drop, changes)
     for site in changed:
         _keep_attributes_true(base, site, plan.sites[site.name], changes)
+    if HIDDEN in plan.sites:
+        model.tie_weights()  # both got a new parameter
     record_shapes_(model, changes)
     if any(site.kind == "heads" for site in changed):
         record_caches_(model)

@@ -41,6 +41,11 @@ class Options:
         """Whether anything but weights (and collected gradients) is read."""
         return self.criterion in SOLVERS or self.dense_target or self.refit_steps > 0
 
+    @property
+    def norms_only(self) -> bool:
+        """Whether the norms of inputs are all that is read of them."""
+        return self.criterion == "wanda" and not self.dense_target and self.refit_steps == 0
+
 
 @dataclass(frozen=True)
 class Subject:

@@ -22,6 +22,7 @@ from hf_prune.statistics.streams import Stream, by_layer, run_layer, start_strea
 from hf_prune.weights.find import Matrix, set_values_
 from hf_prune.weights.inputs import traced
 from hf_prune.weights.masks import Masks
+from hf_prune.weights.norms import prune_by_norms
 from hf_prune.weights.patterns import keep
 from hf_prune.weights.problem import DATA_FREE, Options, data_free_scores
 from hf_prune.weights.progress import Progress
@@ -162,6 +163,25 @@ def _restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> Masks:
     return masks
 
 
+def _prune_light(layer: _Layer, matrices: Sequence[Matrix], job: Job) -> None:
+    """Prune one layer by the norms of its inputs; only the pruned stream moves on."""
+    found = prune_by_norms(
+        layer.pruned,
+        {m.module: m.module.removeprefix(f"{layer.name}.") for m in matrices},
+        matrices,
+        job.removed,
+        job.options.pattern,
+        run=layer.run_pruned,
+        masks=[stream.mask for stream in layer.streams],
+    )
+    errors: dict[str, float] = {}
+    for matrix, mask, error in found:
+        job.result.masks[matrix.name], errors[matrix.name] = mask, error
+    job.result.errors |= errors
+    for index, stream in enumerate(layer.streams):
+        stream.pruned = layer.run_pruned(index)
+
+
 def _prune_layer(
     model: PreTrainedModel,
     layer: _Layer,
@@ -176,6 +196,9 @@ def _prune_layer(
         job.result.masks |= _restore(model, found[0])
         job.result.errors |= found[1]
         job.result.resumed.append(layer.name)
+    elif job.options.norms_only and all(m.kind == "linear" for m in matrices):
+        _prune_light(layer, matrices, job)
+        return
     elif matrices:
         block = layer.block(sites if job.options.dense_target else ())
         errors = {}

@@ -219,6 +219,7 @@ def test_asked_is_the_exact_fraction(solver):
         parameters=1,
         macs_per_token=0,
         attention_width=0,
+        square=0,
         layer=0,
     )
     rankings = {"a": Ranking.from_scores(torch.arange(100.0))}

@@ -11,7 +11,7 @@ from hf_prune import compress
 from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import load_recipe
-from hf_prune.sites import ALL_KINDS, find_sites
+from hf_prune.sites import ALL_KINDS, HIDDEN, find_sites
 from hf_prune.surgery.plain import make_plain_
 from hf_prune.surgery.remove import remove_units
 
@@ -110,3 +110,25 @@ def test_a_portable_recipe_needs_even_layers():
 
 def test_experts_are_among_the_cases():
     assert set(EXPERTS) <= set(GROUPED)
+
+
+@pytest.mark.parametrize("name", [*GROUPED, "opt", "phi"])
+def test_the_hidden_width_in_a_plain_config(name, tiny, inputs_for, logits, no_hook, tmp_path):
+    """Gemma scales its embeddings by the root of the width that the config says."""
+    model, batch = tiny(name), inputs_for(name)
+    (site,) = find_sites(model, [HIDDEN])
+    sites = {HIDDEN: SitePlan(HIDDEN, site.units, tuple(range(8, site.units)))}
+    remove_units(model, Plan(model.config.model_type, sites))
+    expected = logits(model, batch)
+    if name == "opt" or name.startswith("gemma"):  # OPT makes the width of heads from it
+        with pytest.raises(UnsupportedModelError, match="a plain config"):
+            make_plain_(model)
+        return
+    make_plain_(model)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["hidden_size"] == 24
+    options = {"attn_implementation": "eager"} if name in EAGER_ONLY else {}
+    loaded = auto_class(name).from_pretrained(tmp_path, **options)
+    torch.testing.assert_close(logits(loaded, batch), expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,96 @@
+"""One layer pruned from the norms of its inputs alone: no Gram matrix, no second network.
+
+What Wanda without a re-fit needs. All matrices of a layer are judged by what they saw in one pass,
+and pruned together, as in the paper.
+
+Source: Sun et al. 2023, arXiv:2306.11695.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import NumericsError, UnsupportedModelError
+from hf_prune.weights.find import Matrix, set_values_
+from hf_prune.weights.inputs import real_rows
+from hf_prune.weights.patterns import Pattern, keep
+
+
+def _squares(
+    modules: Mapping[str, nn.Module], run: Callable[[int], Any], masks: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """The mean square of every input of each module over real tokens, `[C]` in float64."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(modules, 0)
+    mask: list[Tensor | None] = [None]
+    handles = []
+    for name, module in modules.items():
+
+        def add(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            rows = real_rows(args[0].detach(), mask[0])
+            found = rows.float().square().sum(dim=0).double()
+            sums[name] = sums[name] + found if name in sums else found
+            counts[name] += len(rows)
+
+        handles.append(module.register_forward_pre_hook(add))
+    try:
+        for index, here in enumerate(masks):
+            mask[0] = here
+            run(index)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: value / max(counts[name], 1) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def prune_by_norms(
+    layer: nn.Module,
+    local: Mapping[str, str],
+    matrices: Sequence[Matrix],
+    removed: Mapping[str, Sequence[int]],
+    pattern: Pattern,
+    *,
+    run: Callable[[int], Any],
+    masks: Sequence[Tensor | None],
+) -> Iterator[tuple[Matrix, Tensor, float]]:
+    """Prune the linear matrices of a layer by `|W| * norm of the input`, in place.
+
+    Args:
+        layer: that runs.
+        local: by module of the model, its name in the layer.
+        matrices: of the layer; linear ones.
+        removed: entries to remove from each matrix, by parameter name.
+        pattern: where zeros may be.
+        run: runs the layer on a batch, given by its number.
+        masks: real tokens of each batch, `[B, T]`.
+
+    Yields:
+        Each matrix, its mask, and the share of its outputs' mean square that is lost, if inputs
+        were uncorrelated.
+
+    Raises:
+        NumericsError: when inputs are not finite, naming the parameter.
+        UnsupportedModelError: when calibration never runs a matrix.
+    """
+    modules = {name: layer.get_submodule(local[name]) for name in {m.module for m in matrices}}
+    squares = _squares(modules, run, masks)
+    for matrix in matrices:
+        if matrix.module not in squares:
+            raise UnsupportedModelError(
+                f"calibration never ran {matrix.module}: leave it out with ignore."
+            )
+        inputs = squares[matrix.module]
+        if not bool(torch.isfinite(inputs).all()):
+            raise NumericsError(f"{matrix.name}: its inputs on calibration data are not finite.")
+        weight = matrix.view(matrix.parameter.data)[0]
+        scores = weight.float().abs() * inputs.sqrt().float()
+        kept = keep(scores, removed[matrix.name][0], pattern)
+        lost = scores.double().square()
+        error = float((lost * ~kept).sum() / lost.sum().clamp(min=1e-30))
+        mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
+        matrix.view(mask)[0].copy_(kept)
+        set_values_(matrix, 0, torch.where(kept, weight, 0))
+        yield matrix, mask, error
