@@ -12,10 +12,11 @@ from hf_prune.sites.modules import (
     out_features,
     projection,
 )
-from hf_prune.sites.site import ALL_KINDS, KINDS, Attribute, Site, Slice
+from hf_prune.sites.site import ALL_KINDS, EXPERT_KINDS, KINDS, Attribute, Site, Slice
 
 __all__ = [
     "ALL_KINDS",
+    "EXPERT_KINDS",
     "KINDS",
     "Attribute",
     "Site",

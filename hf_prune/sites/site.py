@@ -72,9 +72,13 @@ class Site:
     that number for all layers alike; () = it cannot."""
     stack: str = ""
     """The list that the layer is in: encoder and decoder are two."""
+    depth: int = 0
+    """How many layers that list has."""
 
 
 KINDS = ("heads", "neurons")
 """What is found if nothing else is asked for."""
-ALL_KINDS = (*KINDS, "expert_neurons", "experts")
+EXPERT_KINDS = ("expert_neurons", "experts")
+"""Units of fused experts, which are parameters and not linear layers."""
+ALL_KINDS = (*KINDS, *EXPERT_KINDS)
 """Every kind of unit."""
