@@ -19,6 +19,7 @@ from hf_prune.errors import PlanError, UnsupportedModelError
 from hf_prune.plan import Plan
 from hf_prune.sites import (
     ALL_KINDS,
+    EXPERT_KINDS,
     HIDDEN,
     Site,
     base_model,
@@ -271,6 +272,47 @@ def _norm_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableHan
         return wide.index_copy(-1, open_, output)
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _scored_experts(
+    module: nn.Module, gates: Gates, sites: Sequence[Site]
+) -> list[RemovableHandle]:
+    """Scale what experts, or their neurons, give: a gate through which gradients flow.
+
+    The router still sees all of them: scores are those of an expert that gives nothing.
+    """
+    name, kept = sites[0].gate.parameter, []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def scaled(weight: Tensor) -> Tensor:
+            for site in sites:
+                gate = _flat_gate(gates, site)
+                if gate is not None:
+                    shape = [-1 if axis == site.gate.axis else 1 for axis in range(weight.ndim)]
+                    weight = weight * gate.to(weight).view(shape)
+            return weight
+
+        kept.append(_swapped(module, name, scaled))
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        module._parameters[name] = kept.pop()  # type: ignore[assignment]  # what it was
+
+    return [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+def attach_scoring_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
+    """Gates whose gradients are scores, all open. Those of experts are `[U]`, not `[B, 1, U]`."""
+    gates = attach_gates(model, [site for site in sites if site.kind not in EXPERT_KINDS])
+    modules: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.kind in EXPERT_KINDS:
+            modules.setdefault(site.gate.module, []).append(site)
+    for name, group in modules.items():
+        gates.handles += _scored_experts(get_module(base_model(model), name), gates, group)
+    return gates
 
 
 def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:

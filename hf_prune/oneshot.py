@@ -105,7 +105,8 @@ def analyse(
     sites = find_sites(model, stage.units, stage.ignore)
     if not sites:
         raise ConfigError(
-            f"no site is left to prune: ignore={list(stage.ignore)} matches all of them."
+            f"no site is left to prune: the model has no units of {list(stage.units)}, or "
+            f"ignore={list(stage.ignore)} matches all of them."
         )
     seconds: dict[str, float] = {}
     wanted = needs(get_criterion(stage.criterion))

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Goal
-from hf_prune.budget.solvers import floors_of, levels_of, selection_of, steps_of
+from hf_prune.budget.levels import stage_levels
+from hf_prune.budget.selection import selection_of
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site
@@ -79,11 +80,7 @@ class LevelSearch:
         self.targets: DenseTargets = dense_targets(self.model, fitted or self.batches)
         self.dense = logits_on(self.model, self.judges)
         self.generator = torch.Generator().manual_seed(self.seed)
-        floors, steps = floors_of(self.stage), steps_of(self.stage)
-        self.levels = {
-            site.name: levels_of(site, floors.get(site.kind, 1), steps.get(site.kind, 1))
-            for site in self.sites
-        }
+        self.levels = stage_levels(self.sites, self.stage)
 
     def error(self, counts: Mapping[str, int]) -> float:
         """Mean squared change of the logits of a network of some widths, re-fitted, on judges."""

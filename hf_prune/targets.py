@@ -16,7 +16,8 @@ from fractions import Fraction
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Goal, cost_tables, make_goal
-from hf_prune.budget.solvers import Outcome, Selection, decide, selection_of
+from hf_prune.budget.levels import stage_levels
+from hf_prune.budget.selection import Outcome, Selection, decide, selection_of
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
 from hf_prune.measure.latency import compare_latency
@@ -159,7 +160,9 @@ class Chooser:
         self.goals += _counted(self.model, self.sites, self.stage, target)
         if target.timed:
             if self.table is None:
-                self.table = latency_table(self.model, self.sites, self.shape)
+                levels = stage_levels(self.sites, self.stage)
+                empty = any(counts[0] == 0 for counts in levels.values())
+                self.table = latency_table(self.model, self.sites, self.shape, empty=empty)
             tables = self.table.tables(self.sites)
             total = self.table.total_ns
             asked = max(0, total - _allowed_ns(target, self.table))

@@ -110,3 +110,25 @@ def test_more_examples_for_the_refit_than_for_the_scores(tiny, inputs_for, monke
     result = compress(tiny("bert"), {"stages": [stage]}, batches)
     assert seen == {"collect": 10, "dense_targets": 14}
     assert result.report["calibration_samples"] == 14
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("solver", ["knapsack", "global", "top_down"])
+def test_whole_blocks_may_go(tiny, inputs_for, name, solver):
+    """With floors of 0, as much goes as is asked for, and the result still runs."""
+    model, batches = tiny(name), [inputs_for(name, s) for s in range(3)]
+    stage = {**STAGE, "sparsity": 0.9, "solver": solver, "min_heads": 0, "min_neurons": 0}
+    result = compress(model, {"stages": [stage]}, batches)
+    (entry,) = result.report["pruning"]
+    assert entry["met"]
+    gone = count_parameters(model) - count_parameters(result.model)
+    empty = {name for name, site in result.plan.sites.items() if not site.kept}
+    assert empty, "at least one block is empty"
+    # a layer that is left with nothing leaves its list, and takes its norms along
+    assert gone > entry["removed"] if result.layers else gone == entry["removed"]
+    left = {site.name for site in find_sites(result.model)}
+    moved = {name for name in result.plan.sites if name not in empty}
+    assert {rename_layers(name, result.layers) for name in left} == moved
+    with torch.no_grad():
+        output = result.model(**batches[0])
+    assert torch.isfinite(output.loss)

@@ -3,8 +3,9 @@
 import pytest
 
 from hf_prune import compress
+from hf_prune.budget.allocate import allocate
 from hf_prune.budget.costs import make_goal
-from hf_prune.budget.solvers import allocate
+from hf_prune.budget.levels import stage_levels
 from hf_prune.recipe import load_recipe
 from hf_prune.search import LevelSearch
 from hf_prune.sites import find_sites
@@ -35,8 +36,7 @@ def search(tiny, inputs_for):
             rankings,
             goals,
             solver="uniform",
-            floors={"heads": 1, "neurons": 8},
-            round_to={"neurons": 8},
+            levels=stage_levels(sites, stage),
         )
         batches = [inputs_for(name, s) for s in range(8)]
         return LevelSearch(model, sites, rankings, stage, goals, batches, seed), counts

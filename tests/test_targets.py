@@ -64,7 +64,8 @@ def machine(monkeypatch):
         def time_of(model):
             return 2.0 + sum(s.units * s.parameters for s in find_sites(model)) / 10_000
 
-        def table(model, sites, shape):
+        def table(model, sites, shape, *, empty):
+            assert not empty, "no site may lose all units"
             points = {
                 _group(s): {0: 0, s.units: round(s.units * s.parameters * 100 * wrong_by)}
                 for s in sites

@@ -18,9 +18,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from hf_prune.budget.levels import levels_of
 from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan, SitePlan
-from hf_prune.sites import Site, find_sites
+from hf_prune.sites import ALL_KINDS, Site, find_sites
 from hf_prune.surgery.remove import remove_units
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,14 @@ def _interpolate(points: Mapping[int, int], units: int) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _grid(units: int) -> list[int]:
-    if units <= 16:
-        return list(range(1, units + 1))
-    return sorted({max(1, round(share * units / 8) * 8) for share in SHARES[:-1]} | {units})
+def _grid(site: Site, empty: bool) -> list[int]:
+    """The widths of a site that are timed; with 0 only where it may be `empty`."""
+    units = site.units
+    wanted = {max(1, round(share * units / 8) * 8) for share in SHARES[:-1]} | {units}
+    wanted = set(range(1, units + 1)) if units <= 16 else wanted
+    allowed = levels_of(site, 1, 1)
+    none = {0} if empty and not site.floor else set[int]()
+    return sorted({next(level for level in allowed if level >= w) for w in wanted} | none)
 
 
 def shaped_like(model: PreTrainedModel, counts: Mapping[str, int]) -> PreTrainedModel:
@@ -98,7 +103,7 @@ def shaped_like(model: PreTrainedModel, counts: Mapping[str, int]) -> PreTrained
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     sites = {
         site.name: SitePlan(site.kind, site.units, tuple(range(counts[site.name])))
-        for site in find_sites(model)
+        for site in find_sites(model, ALL_KINDS)
         if site.name in counts
     }
     remove_units(shared, Plan(model.config.model_type, sites))
@@ -106,17 +111,17 @@ def shaped_like(model: PreTrainedModel, counts: Mapping[str, int]) -> PreTrained
 
 
 def _variants(
-    sites: Sequence[Site],
+    sites: Sequence[Site], empty: bool
 ) -> tuple[dict[str, dict[str, int]], dict[str, tuple[str, int]]]:
     """The widths of every model to time, and which group and width each of them is about."""
     groups: dict[str, list[Site]] = {}
     for site in sites:
         groups.setdefault(_group(site), []).append(site)
-    least = {site.name: _grid(site.units)[0] for site in sites}
+    least = {site.name: _grid(site, empty)[0] for site in sites}
     counts = {"full": {site.name: site.units for site in sites}, "least": least}
     about: dict[str, tuple[str, int]] = {}
     for group, members in groups.items():
-        for width in _grid(max(site.units for site in members))[1:]:
+        for width in _grid(max(members, key=lambda site: site.units), empty)[1:]:
             name = f"{group}@{width}"
             wide = {s.name: min(width, s.units) for s in members}
             counts[name], about[name] = {**least, **wide}, (group, width)
@@ -124,7 +129,12 @@ def _variants(
 
 
 def measure_latency_table(
-    model: PreTrainedModel, sites: Sequence[Site], shape: Shape, *, rounds: int = 8
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    shape: Shape,
+    *,
+    empty: bool = False,
+    rounds: int = 8,
 ) -> LatencyTable:
     """Time forward passes of models of many widths, in turn, with a progress bar.
 
@@ -137,9 +147,10 @@ def measure_latency_table(
         model: not changed.
         sites: all sites that will be priced.
         shape: of the input.
+        empty: whether sites may lose all units, so that the width 0 is timed too.
         rounds: over all models.
     """
-    counts, about = _variants(sites)
+    counts, about = _variants(sites, empty)
     models = {name: shaped_like(model, each) for name, each in counts.items()}
     times = compare_latency(
         models,
@@ -155,7 +166,7 @@ def measure_latency_table(
         sizes[_group(site)] = sizes.get(_group(site), 0) + 1
     points: dict[str, dict[int, float]] = {}
     for site in sites:
-        points.setdefault(_group(site), {})[_grid(site.units)[0]] = 0.0
+        points.setdefault(_group(site), {})[_grid(site, empty)[0]] = 0.0
     for name, (group, width) in about.items():
         points[group][width] = (relative[name] - relative["least"]) / sizes[group]
     whole = sum(points[_group(site)][site.units] for site in sites)
@@ -170,7 +181,7 @@ def measure_latency_table(
     )
 
 
-def _key(model: PreTrainedModel, sites: Sequence[Site], shape: Shape) -> str:
+def _key(model: PreTrainedModel, sites: Sequence[Site], shape: Shape, empty: bool) -> str:
     device = model.device
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     config = {
@@ -189,6 +200,7 @@ def _key(model: PreTrainedModel, sites: Sequence[Site], shape: Shape) -> str:
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype),
         "software": [torch.__version__, transformers.__version__],
+        **({"empty": True} if empty else {}),
     }
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -216,7 +228,12 @@ def _read(path: Path) -> LatencyTable | None:
 
 
 def latency_table(
-    model: PreTrainedModel, sites: Sequence[Site], shape: Shape, *, cache: bool = True
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    shape: Shape,
+    *,
+    empty: bool = False,
+    cache: bool = True,
 ) -> LatencyTable:
     """The table of a model on this machine, measured once and then read from disk.
 
@@ -227,13 +244,14 @@ def latency_table(
         model: not changed.
         sites: all sites that will be priced.
         shape: of the input.
+        empty: as in `measure_latency_table`.
         cache: whether to read and write the cache folder.
     """
-    path = cache_folder() / "latency" / f"{_key(model, sites, shape)}.json"
+    path = cache_folder() / "latency" / f"{_key(model, sites, shape, empty)}.json"
     table = _read(path) if cache else None
     if table is not None:
         return table
-    table = measure_latency_table(model, sites, shape)
+    table = measure_latency_table(model, sites, shape, empty=empty)
     if cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(f".{os.getpid()}.tmp")

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
 
-Unit = Literal["heads", "neurons", "hidden", "weights"]
+Unit = Literal["heads", "neurons", "experts", "expert_neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
 """The kinds of unit that a recipe can name."""
 
@@ -173,6 +173,12 @@ def _default_of(structure: str, **others: str) -> Callable[[dict[str, Any]], str
     return lambda data: others.get("".join(data.get("units", ())), structure)
 
 
+def _default_criterion(data: dict[str, Any]) -> str:
+    if {"experts", "expert_neurons"} & set(data.get("units", ())):
+        return "fisher"
+    return _default_of("kfac_obs", weights="admm", hidden="fisher")(data)
+
+
 class Prune(Model):
     """What to remove, and how much."""
 
@@ -180,11 +186,12 @@ class Prune(Model):
     """Tells this stage from the others."""
     units: tuple[Unit, ...] = ("heads", "neurons")
     """What may go: `heads` and `neurons` are really removed, and so are channels of the `hidden`
-    width of the whole model; single `weights` become zero."""
-    criterion: str = Field(default_factory=_default_of("kfac_obs", weights="admm", hidden="fisher"))
+    width of the whole model; in a mixture of experts also whole `experts`, or `expert_neurons`,
+    which all experts of a layer have in common. Single `weights` become zero."""
+    criterion: str = Field(default_factory=_default_criterion)
     """A key of `hf_prune.criteria.CRITERIA`. For weights: one of
-    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, for the hidden width `fisher`,
-    and for weights `admm`."""
+    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, for weights `admm`, and `fisher`
+    for the hidden width and with units of experts, whose inputs are not those of one projection."""
     solver: str = Field(default_factory=_default_of("knapsack", weights="uniform"))
     """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (the same share of each
     matrix), `global` (one ranking), `outliers`, or `knapsack` (by layer errors). If not given,
@@ -202,10 +209,13 @@ class Prune(Model):
     """Remove as much as this allows, and no more than `sparsity` or `target` ask for."""
     of: Literal["prunable", "layers"] = "prunable"
     """The base of `sparsity`: what the stage may remove, or all that the layers hold."""
-    min_heads: int = Field(default=1, ge=1)
-    """Heads that every attention block keeps."""
-    min_neurons: int = Field(default=1, ge=1)
-    """Neurons that every feed-forward block keeps."""
+    min_heads: int = Field(default=1, ge=0)
+    """Heads that every attention block keeps. 0: the whole block may go."""
+    min_neurons: int = Field(default=1, ge=0)
+    """Neurons that every feed-forward block keeps, that of experts too. 0: it may go as a whole."""
+    floors: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Units that single sites keep, by shell patterns of their names: `encoder.layer.0.*: 4`. Where
+    several say something, the largest number holds."""
     round_to: int = Field(default=1, ge=1)
     """Neurons, and channels, kept are a multiple of this (8 or 16 suits most hardware), unless all
     stay."""
@@ -264,8 +274,18 @@ class Prune(Model):
                 "weights cannot share a stage with heads or neurons: write two stages, "
                 "structure first, then weights"
             )
+        experts = {"experts", "expert_neurons"} & set(self.units)
+        if experts and self.schedule:
+            raise ValueError("experts and their neurons go in one shot: leave schedule out")
+        if len(experts) > 1:
+            raise ValueError(
+                "experts and expert_neurons share their parameters, so that what both remove does "
+                "not add up: write two stages"
+            )
         if "weights" in self.units and self.cost == "macs":
             raise ValueError("single weights have no cost in MACs: use cost: parameters")
+        if self.even and self.search_trials:
+            raise ValueError("search_trials makes layers differ: leave it out, or even")
         if self.of == "layers" and (self.cost == "macs" or "weights" in self.units):
             raise ValueError("of: layers is for cost: parameters of heads and neurons")
         return self

@@ -13,10 +13,20 @@ from hf_prune.sites.modules import (
     out_features,
     projection,
 )
-from hf_prune.sites.site import ALL_KINDS, HIDDEN, KINDS, Attribute, Layer, Site, Slice
+from hf_prune.sites.site import (
+    ALL_KINDS,
+    EXPERT_KINDS,
+    HIDDEN,
+    KINDS,
+    Attribute,
+    Layer,
+    Site,
+    Slice,
+)
 
 __all__ = [
     "ALL_KINDS",
+    "EXPERT_KINDS",
     "HIDDEN",
     "KINDS",
     "Attribute",

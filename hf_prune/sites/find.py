@@ -37,12 +37,13 @@ def join(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """One layer: where it is, its number in the model, how often a pass runs it."""
+    """One layer: where it is, its number among `depth` layers, how often a pass runs it."""
 
     stack: Stack
     name: str
     layer: int
     runs: int
+    depth: int
 
     def site(
         self, root: nn.Module, spec: "Attention | Ffn", slices: Sequence[Slice], **rest: Any
@@ -59,6 +60,7 @@ class _Place:
             sum_module=join(self.name, spec.sum) if spec.sum else "",
             runs=self.runs,
             stack=self.stack.layers,
+            depth=self.depth,
             **rest,
         )
 
@@ -184,6 +186,7 @@ def _expert_sites(root: nn.Module, place: _Place, spec: Experts) -> Iterator[Sit
         "sum_module": join(place.name, spec.sum) if spec.sum else "",
         "attention_width": 0,
         "stack": place.stack.layers,
+        "depth": place.depth,
     }
     parts = [Slice(path, 1, 1, part * neurons, spec.up) for part in range(packed)]
     yield Site(
@@ -241,6 +244,12 @@ def _lists(base: nn.Module, stack: Stack) -> list[str]:
     return [f"{before}.{index}.{after}" for index in range(len(groups))]
 
 
+def _layer_list(base: nn.Module, path: str) -> nn.ModuleList:
+    layers = get_module(base, path)
+    assert isinstance(layers, nn.ModuleList)  # noqa: S101  # what every layer list of transformers is
+    return layers
+
+
 def _places(model: PreTrainedModel) -> Iterator[_Place]:
     """The layers of a model, stack by stack.
 
@@ -252,15 +261,14 @@ def _places(model: PreTrainedModel) -> Iterator[_Place]:
     found = False
     for stack in stacks:
         lists = _lists(base, stack)
-        number = 0
+        number, all_layers = 0, sum(len(_layer_list(base, path)) for path in lists)
         for group, path in enumerate(lists):
-            layers = get_module(base, path)
-            assert isinstance(layers, nn.ModuleList)  # noqa: S101  # what every layer list of transformers is
+            layers = _layer_list(base, path)
             depth = int(getattr(model.config, stack.depth)) if stack.depth else len(lists)
             # a depth belongs to the group in whose share of all depths it lies
             runs = sum(int(i / (depth / len(lists))) == group for i in range(depth))
             for index in range(len(layers)):
-                yield _Place(stack, f"{path}.{index}", number, runs)
+                yield _Place(stack, f"{path}.{index}", number, runs, all_layers)
                 found, number = True, number + 1
     if not found:
         names = " or ".join(stack.layers for stack in stacks)

@@ -74,6 +74,8 @@ class Site:
     """The list that the layer is in: encoder and decoder are two."""
     square: int = 0
     """Parameters that belong to each pair of units, where both axes of a matrix are of the site."""
+    depth: int = 0
+    """How many layers that list has."""
 
 
 @dataclass(frozen=True)
@@ -94,5 +96,7 @@ HIDDEN = "hidden"
 """The kind, and the name, of the one site of the hidden width."""
 KINDS = ("heads", "neurons")
 """What is found if nothing else is asked for."""
-ALL_KINDS = (*KINDS, "expert_neurons", "experts")
+EXPERT_KINDS = ("expert_neurons", "experts")
+"""Units of fused experts, which are parameters and not linear layers."""
+ALL_KINDS = (*KINDS, *EXPERT_KINDS)
 """Every kind of unit that belongs to one block."""

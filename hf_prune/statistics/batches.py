@@ -1,7 +1,7 @@
 """Calibration batches: checked, cut to size, moved, and their padding known."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,16 @@ def first_examples(model: PreTrainedModel, batches: Sequence[Batch], count: int)
         taken.append(batch if examples <= count else _first(batch, count, examples))
         count -= examples
     return taken
+
+
+def one_by_one(model: PreTrainedModel, batch: Batch) -> Iterator[dict[str, Tensor]]:
+    """Each example of a batch, in a batch of its own."""
+    examples = main_input(model, batch).shape[0]
+    for row in range(examples):
+        yield {
+            name: value[row : row + 1] if value.ndim and value.shape[0] == examples else value
+            for name, value in batch.items()
+        }
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hf_prune.errors import DataError, NumericsError
-from hf_prune.gates import Gates, attach_gates
-from hf_prune.sites import Site, base_model, projection
+from hf_prune.errors import ConfigError, DataError, NumericsError
+from hf_prune.gates import Gates, attach_scoring_gates
+from hf_prune.sites import EXPERT_KINDS, Site, base_model, get_parameter, projection
 from hf_prune.statistics.batches import (
     Batch,
     by_token,
     counted_positions,
     forward_kwargs,
     main_input,
+    one_by_one,
     sequence_mask,
     to_device,
 )
@@ -41,6 +42,8 @@ PROJECTED = PROJECTED_GATES | CURVATURE
 """All that is a mean over random projections."""
 INPUTS = frozenset({"input_norm", "input_gram"})
 """Read off the inputs of a projection, without any gradient."""
+UNSEEN = INPUTS | CURVATURE
+"""What there is for linear layers only, and not for fused experts."""
 TOKENS = "tokens"
 """Under this name the real tokens that a site has seen are counted."""
 SEED_STEP = 1_000_003
@@ -113,15 +116,20 @@ class _Pass:
     gates: Gates = field(default_factory=Gates)
     seen: _Seen = field(default_factory=_Seen)
     sums: _Sums = field(default_factory=_Sums)
+    fused: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
         self.loss = bool(self.names & LOSS)
         self.projection = bool(self.names & PROJECTED)
         if self.names & (LOSS_GATES | PROJECTED_GATES):
-            self.gates = attach_gates(self.model, self.sites)
+            self.gates = attach_scoring_gates(self.model, self.sites)
+        plain = [site for site in self.sites if site.kind not in EXPERT_KINDS]
         if self.names & (INPUTS | OUTPUTS):
-            self.seen.watch(base, self.sites, outputs=bool(self.names & OUTPUTS))
+            self.seen.watch(base, plain, outputs=bool(self.names & OUTPUTS))
+        if "weight_grad_square" in self.names:
+            fused = [site for site in self.sites if site.kind in EXPERT_KINDS]
+            self.fused = {site.name: get_parameter(base, site.gate) for site in fused}
 
     def close(self) -> None:
         """Take all hooks away."""
@@ -177,33 +185,41 @@ class _Pass:
             )
         if self.gates.handles:
             for site in self.sites:
-                self.gates.values[site.name] = torch.ones(
-                    (examples, 1, site.units), device=self.model.device, requires_grad=True
-                )
+                fused = site.kind in EXPERT_KINDS
+                shape = (site.units,) if fused else (examples, 1, site.units)
+                gate = torch.ones(shape, device=self.model.device, requires_grad=True)
+                self.gates.values[site.name] = gate
         output = self.model(**forward_kwargs(self.model, batch, labels=self.loss))
         leaves = list(self.gates.values.values())
         outputs = [t for site in self.sites for t in self.seen.outputs.get(site.name, ())]
+        inner = [*leaves, *outputs, *self.fused.values()]
         per_example = torch.ones(examples, device=self.model.device)
         if self.loss:  # each example has a mean of its own
             counted = counted_positions(self.model, batch["labels"]).view(examples, -1)
             per_example = counted.sum(dim=1).clamp(min=1)  # [B]
         last = self.loss + self.projection * self.projections - 1
         for turn, (kind, target) in enumerate(self._targets(batch, output)):
-            found = torch.autograd.grad(
-                target, [*leaves, *outputs], retain_graph=turn < last, allow_unused=True
-            )
+            found = torch.autograd.grad(target, inner, retain_graph=turn < last, allow_unused=True)
             gradients = [
-                torch.zeros_like(x) if g is None else g
-                for g, x in zip(found, [*leaves, *outputs], strict=True)
+                torch.zeros_like(x) if g is None else g for g, x in zip(found, inner, strict=True)
             ]
             scale = 1 / per_example if kind == "loss" else torch.ones_like(per_example)
             self._add_gates(kind, gradients[: len(leaves)], scale)
             self._add_outputs(kind, gradients[len(leaves) :], batch, scale)
+            if kind == "loss":
+                self._add_fused(gradients[len(leaves) + len(outputs) :], scale)
+
+    def _add_fused(self, gradients: Sequence[Tensor], scale: Tensor) -> None:
+        """Squared gradients of the parameters of fused experts, of the one example that was run."""
+        axes = {site.name: site.gate.axis for site in self.sites}
+        for name, gradient in zip(self.fused, gradients, strict=True):
+            by_unit = (gradient.float() * scale).movedim(axes[name], 0).flatten(1)  # [U, N]
+            self.sums.add(name, "weight_grad_square", by_unit.square())
 
     def _add_gates(self, kind: str, gradients: Sequence[Tensor], scale: Tensor) -> None:
-        """Statistics of `[B, 1, U]` gradients, one example at a time."""
+        """Statistics of `[B, 1, U]` gradients (of experts `[U]`), one example at a time."""
         for name, gradient in zip(self.gates.values, gradients, strict=True):
-            values = gradient.squeeze(1).double() * scale.unsqueeze(1)  # [B, 1, U] -> [B, U]
+            values = gradient.view(len(scale), -1).double() * scale.unsqueeze(1)  # [B, U]
             made = {
                 ("loss", "gate_grad"): lambda v: v.abs().sum(dim=0),
                 ("loss", "gate_grad_signed"): lambda v: v.sum(dim=0),
@@ -230,7 +246,8 @@ class _Pass:
                     weight = g.square().sum(dim=1, keepdim=True)  # [tokens, 1]
                     self.sums.add(site.name, "hessian", (x * weight).T @ x)
                     self.sums.add(site.name, "output_gradient", g.T @ g)
-            if kind == "loss" and "weight_grad_square" in self.names:
+            seen = site.name not in self.fused
+            if kind == "loss" and "weight_grad_square" in self.names and seen:
                 self._add_weight_gradients(site, calls, scale)
 
     def _add_weight_gradients(
@@ -287,18 +304,27 @@ def collect(
         For each site, tensors on the CPU in float64, in the shapes that `STATISTICS` states.
 
     Raises:
+        ConfigError: when a statistic is asked of experts that needs what they see.
         DataError: when labels are needed and missing, or no batch was given.
         NumericsError: when a statistic is not finite, naming the site.
     """
     data = frozenset(names) - {"generator"}
     if not data:
         return {site.name: {} for site in sites}
+    fused = any(site.kind in EXPERT_KINDS for site in sites)
+    if fused and data & UNSEEN:
+        raise ConfigError(
+            f"fused experts do not show what {sorted(data & UNSEEN)} are read off. Score experts "
+            "and their neurons by 'fisher', 'taylor' or 'magnitude', or another criterion of gates "
+            "or weights."
+        )
     training = model.training
     model.eval()
     run = _Pass(model, sites, data, seed, projections)
     try:
         for batch in batches:
-            run.add(batch)
+            for part in one_by_one(model, batch) if fused else [batch]:
+                run.add(part)
     finally:
         run.close()
         model.train(training)

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
+from hf_prune.sites import (
+    ALL_KINDS,
+    Site,
+    base_model,
+    find_sites,
+    logical_weight,
+    projection,
+)
 from hf_prune.statistics.batches import (
     Batch,
     by_token,
@@ -239,7 +246,8 @@ def refit(
         ridge: pull towards the old weights, relative to the mean diagonal of the Gram matrix.
             Held-out examples choose between a tenth of it, itself, and ten times it.
         changed: names of the sites to re-fit. All sites from the first narrowed one on, if not
-            given: a site that lost nothing still repairs what earlier ones lost.
+            given: a site that lost nothing still repairs what earlier ones lost. Fused experts are
+            not re-fitted; what comes after them is.
 
     Returns:
         The names of the sites that were re-fitted, in order.
@@ -248,11 +256,8 @@ def refit(
         NumericsError: when a sum is not finite.
     """
     sites = find_sites(model)
-    left = {site.name: site.units for site in sites}  # nothing, where all units went
-    narrowed = [site.name for site in targets.sites if left.get(site.name, 0) < site.units]
     if changed is None:
-        names = [site.name for site in targets.sites]
-        changed = set(names[names.index(narrowed[0]) :]) if narrowed else set()
+        changed = _from_first_narrowed(model, targets.dense)
     fitted = []
     with both_in_eval(model, targets.dense):
         walk = _Walk(model, targets, ridge)
@@ -272,6 +277,14 @@ def refit(
             if not ends:
                 walk.run(layer)
     return fitted
+
+
+def _from_first_narrowed(model: PreTrainedModel, dense: PreTrainedModel) -> set[str]:
+    """The names of all sites from the first one on that has fewer units than in the dense model."""
+    left = {site.name: site.units for site in find_sites(model, ALL_KINDS)}  # none, where all went
+    before = find_sites(dense, ALL_KINDS)
+    narrowed = [left.get(site.name, 0) < site.units for site in before]
+    return {site.name for site in before[narrowed.index(True) :]} if any(narrowed) else set()
 
 
 def _is_end(walk: _Walk, site: Site) -> bool:

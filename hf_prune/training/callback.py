@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_prune.budget.costs import unit_cost
-from hf_prune.budget.solvers import Selection
+from hf_prune.budget.selection import Selection
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan

@@ -14,7 +14,8 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.budget.solvers import Selection, get_solver
+from hf_prune.budget.selection import Selection
+from hf_prune.budget.solvers import get_solver
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import NumericsError
 from hf_prune.gates import Gates, check_plan, expand_gate, plan_gates

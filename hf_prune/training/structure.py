@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Goal, make_goal
-from hf_prune.budget.solvers import Outcome, Selection, decide, get_solver
+from hf_prune.budget.selection import Outcome, Selection, decide
+from hf_prune.budget.solvers import get_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError, NumericsError, PlanError

@@ -7,8 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_prune.budget.allocate import allocate
 from hf_prune.budget.costs import Goal, make_goal
-from hf_prune.budget.solvers import SOLVERS, allocate, decide, get_solver
+from hf_prune.budget.levels import even_counts, levels_of, stage_levels
+from hf_prune.budget.selection import decide
+from hf_prune.budget.solvers import SOLVERS, get_solver
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import Prune
@@ -16,6 +19,16 @@ from hf_prune.sites import find_sites
 
 solvers = pytest.mark.parametrize("solver", sorted(SOLVERS))
 in_order = pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"knapsack"}))
+
+
+def toy_site(name, kind, units, layer=0, floor=0, multiple=1, **rest):
+    """What a solver reads of a site."""
+    rest = {"stack": "layers", "depth": 9, "square": 0, **rest}
+    return SimpleNamespace(
+        name=name, kind=kind, units=units, layer=layer, floor=floor, multiple=multiple, **rest
+    )
+
+
 SCORE = st.integers(-3, 6).map(float) | st.floats(-1e6, 1e6)
 
 
@@ -27,7 +40,8 @@ def problems(draw):
         name = f"site{index}"
         values = draw(st.lists(SCORE, min_size=1, max_size=7))
         kind = draw(st.sampled_from(["heads", "neurons"]))
-        sites.append(SimpleNamespace(name=name, kind=kind, units=len(values), layer=index // 2))
+        floor, multiple = draw(st.integers(0, 3)), draw(st.sampled_from([1, 1, 2]))
+        sites.append(toy_site(name, kind, len(values), index // 2, floor, multiple))
         scores[name] = torch.tensor(values, dtype=torch.float64)
         steps = draw(st.lists(st.integers(0, 40), min_size=len(values), max_size=len(values)))
         table = [0]
@@ -35,7 +49,7 @@ def problems(draw):
             table.append(table[-1] + step)
         costs[name] = tuple(table)
     kinds = st.sampled_from(["heads", "neurons"])
-    floors = draw(st.dictionaries(kinds, st.integers(1, 3)))
+    floors = draw(st.dictionaries(kinds, st.integers(0, 3)))
     round_to = draw(st.dictionaries(kinds, st.integers(1, 3)))
     return sites, scores, costs, floors, round_to
 
@@ -46,7 +60,13 @@ def solve(problem, solver, *budgets):
     total = sum(table[-1] for table in costs.values())
     goals = [Goal(f"cost{i}", costs, total, total - b) for i, b in enumerate(budgets)]
     rankings = {name: Ranking.from_scores(values) for name, values in scores.items()}
-    return allocate(sites, rankings, goals, solver=solver, floors=floors, round_to=round_to)
+    return allocate(
+        sites, rankings, goals, solver=solver, levels=all_levels(sites, floors, round_to)
+    )
+
+
+def all_levels(sites, floors, round_to):
+    return {s.name: levels_of(s, floors.get(s.kind, 1), round_to.get(s.kind, 1)) for s in sites}
 
 
 def spent(counts, costs):
@@ -55,9 +75,9 @@ def spent(counts, costs):
 
 def levels(site, floors, round_to):
     """The counts that a site may keep, by trying all of them."""
-    floor, step = min(site.units, floors.get(site.kind, 1)), round_to.get(site.kind, 1)
-    counts = range(floor, site.units + 1)
-    return [c for c in counts if c % step == 0 or c == site.units]
+    floor, step = max(site.floor, floors.get(site.kind, 1)), round_to.get(site.kind, 1)
+    counts = range(min(site.units, floor), site.units + 1)
+    return [c for c in counts if (c % step == 0 and c % site.multiple == 0) or c == site.units]
 
 
 @solvers
@@ -114,17 +134,15 @@ def test_several_goals_are_all_met(solver, problem, budgets):
         Goal(g.cost, g.tables, g.total, g.total - b) for g, b in zip(goals, budgets, strict=True)
     ]
     rankings = {name: Ranking.from_scores(values) for name, values in scores.items()}
-    counts = allocate(sites, rankings, goals, solver=solver, floors=floors, round_to=round_to)
+    allowed = all_levels(sites, floors, round_to)
+    counts = allocate(sites, rankings, goals, solver=solver, levels=allowed)
     least = {site.name: levels(site, floors, round_to)[0] for site in sites}
     if counts != least:
         assert all(goal.spent(counts) <= goal.budget for goal in goals)
 
 
 def toy(**scores):
-    sites = [
-        SimpleNamespace(name=n, kind="heads", units=len(v), layer=i)
-        for i, (n, v) in enumerate(scores.items())
-    ]
+    sites = [toy_site(n, "heads", len(v), i) for i, (n, v) in enumerate(scores.items())]
     return sites, {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.items()}
 
 
@@ -150,7 +168,7 @@ def test_top_down_empties_the_last_layer_first():
 
 def test_nothing_to_select():
     goal = Goal("parameters", {}, 0, 0)
-    assert allocate([], {}, [goal], solver="global", floors={}, round_to={}) == {}
+    assert allocate([], {}, [goal], solver="global", levels={}) == {}
 
 
 def test_unknown_solver():
@@ -212,16 +230,7 @@ def test_another_base(tiny):
 @solvers
 def test_asked_is_the_exact_fraction(solver):
     """A fraction such as 0.07 of 100 is 7: the float product is a little more than that."""
-    site = SimpleNamespace(
-        name="a",
-        kind="neurons",
-        units=100,
-        parameters=1,
-        macs_per_token=0,
-        attention_width=0,
-        square=0,
-        layer=0,
-    )
+    site = toy_site("a", "neurons", 100, parameters=1, macs_per_token=0, attention_width=0)
     rankings = {"a": Ranking.from_scores(torch.arange(100.0))}
     removed = {}
     for percent in range(1, 100):
@@ -265,3 +274,54 @@ def test_very_many_levels_are_thinned_and_the_rest_is_spent(tiny):
     best = sorted([*range(2000), *[3000.0] * 1500], reverse=True)[:1234]
     kept = sum(sorted(scores["a"].tolist())[2000 - counts["a"] :]) + 3000.0 * counts["b"]
     assert kept >= 0.999 * sum(best)
+
+
+def test_levels_honour_the_site_and_the_stage():
+    site = toy_site("a.ffn", "expert_neurons", 48, floor=8, multiple=8)
+    assert levels_of(site, 0, 1) == [8, 16, 24, 32, 40, 48]
+    assert levels_of(site, 20, 12) == [24, 48]
+    assert levels_of(toy_site("a", "heads", 4), 0, 1) == [0, 1, 2, 3, 4]
+    assert levels_of(toy_site("a", "heads", 4), 9, 1) == [4]
+
+
+def test_floors_by_name_and_by_kind(tiny):
+    sites = find_sites(tiny("bert"))
+    floors = {"encoder.layer.0.*": 3, "encoder.layer.*.ffn": 20}
+    stage = Prune(sparsity=0.5, min_heads=0, min_neurons=2, round_to=8, floors=floors)
+    least = {name: levels[0] for name, levels in stage_levels(sites, stage).items()}
+    assert least == {
+        "encoder.layer.0.attention": 3,
+        "encoder.layer.0.ffn": 24,
+        "encoder.layer.1.attention": 0,
+        "encoder.layer.1.ffn": 24,
+    }
+    wrong = Prune(sparsity=0.5, floors={"encoder.layer.1.fn": 3})
+    with pytest.raises(ConfigError, match=r"'encoder.layer.1.fn' matches no site; did you mean 'e"):
+        stage_levels(sites, wrong)
+
+
+@solvers
+def test_floors_of_sites_and_empty_sublayers(tiny, solver):
+    sites = find_sites(tiny("bert"))
+    floors = {"encoder.layer.0.attention": 2, "encoder.layer.1.ffn": 24}
+    stage = Prune(
+        sparsity=0.99, solver=solver, min_heads=0, min_neurons=0, round_to=8, floors=floors
+    )
+    goal = make_goal(sites, "parameters", 0.99)
+    result = decide(sites, flat(sites), stage, [goal], model_type="bert")
+    kept = {name: len(site.kept) for name, site in result.plan.sites.items()}
+    assert kept == {
+        "encoder.layer.0.attention": 2,
+        "encoder.layer.0.ffn": 0,
+        "encoder.layer.1.attention": 0,
+        "encoder.layer.1.ffn": 24,
+    }
+
+
+def test_even_widths_honour_every_floor():
+    sites = [toy_site("a", "heads", 8), toy_site("b", "heads", 8)]
+    levels = {"a": [1, 2, 4, 8], "b": [3, 4, 8]}
+    assert even_counts(sites, {"a": 2, "b": 7}, levels) == {"a": 4, "b": 4}
+    assert even_counts(sites, {"a": 1, "b": 3}, levels) == {"a": 4, "b": 4}, "the floor holds"
+    with pytest.raises(ConfigError, match="no number of heads in common"):
+        even_counts(sites, {"a": 1, "b": 3}, {"a": [2], "b": [3]})

@@ -11,6 +11,7 @@ from hf_prune.measure.latency import Latency
 from hf_prune.measure.latency_table import (
     LatencyTable,
     Shape,
+    _group,
     latency_table,
     measure_latency_table,
     shaped_like,
@@ -54,6 +55,27 @@ def test_a_linear_machine_is_learned_exactly(tiny, clock):
     assert options["batch_size"] == 2
     assert options["sequence_length"] == 16
     assert names[0] == "full"
+
+
+def test_blocks_that_may_go_as_a_whole_are_timed_without_units(tiny, clock):
+    model = tiny("bert")
+    sites = find_sites(model)
+    table = measure_latency_table(model, sites, SHAPE, empty=True, rounds=2)
+    none = {site.name: 0 for site in sites}
+    assert table.fixed_ns == pytest.approx(3e6)
+    assert table.predict_ns(sites, none) == pytest.approx(3e6)
+    some = {s.name: 1 if s.kind == "heads" else 16 for s in sites}
+    assert table.predict_ns(sites, some) == pytest.approx((3 + 0.7 * 2 + 0.32) * 1e6, rel=1e-6)
+
+
+@pytest.mark.parametrize("kinds", [["experts"], ["heads", "expert_neurons"]])
+def test_experts_are_timed_at_widths_that_they_can_have(tiny, clock, kinds):
+    model = tiny("mixtral")
+    sites = find_sites(model, kinds)
+    table = measure_latency_table(model, sites, SHAPE, empty=True, rounds=2)
+    widths = {site.kind: sorted(table.points[_group(site)]) for site in sites}
+    expected = {"experts": [2, 3, 4], "expert_neurons": [8, 16, 24, 32, 40, 48], "heads": [0, 1, 2]}
+    assert widths == {kind: expected[kind] for kind in kinds}
 
 
 def test_tables_never_fall_however_noisy():

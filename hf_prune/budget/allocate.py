@@ -1,0 +1,95 @@
+"""How many units of each site stay: one solver, within one goal or within several at once."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_prune.budget.costs import Goal
+from hf_prune.budget.levels import Counts, Levels
+from hf_prune.budget.solvers import Problem, Solver, get_solver
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.sites import Site
+
+SURROGATE_BUDGET = 1 << 40
+"""The budget of several goals taken together, in units of its own."""
+SMALLEST_SHARE = 1e-3
+"""Of a budget, as which less is taken when weights are adjusted."""
+SURROGATE_ROUNDS = 24
+"""How often the weights of several goals are adjusted."""
+
+
+def _tables(goal: Goal) -> dict[str, Tensor]:
+    return {name: torch.tensor(table) for name, table in goal.tables.items()}
+
+
+def _weighted(goals: Sequence[Goal], weights: Sequence[float]) -> dict[str, Tensor]:
+    """One table in the place of several: the weighted mean of their shares of their budgets."""
+    result = {}
+    for name in goals[0].tables:
+        share = sum(
+            weight * torch.tensor(goal.tables[name], dtype=torch.float64) / max(goal.budget, 1)
+            for goal, weight in zip(goals, weights, strict=True)
+        )
+        assert isinstance(share, Tensor)  # noqa: S101  # there is at least one goal
+        result[name] = (share * SURROGATE_BUDGET).ceil().long()
+    return result
+
+
+def _largest(goals: Sequence[Goal]) -> dict[str, Tensor]:
+    """One table that is never less than any: what meets it meets all."""
+    each = [_weighted([goal], [1.0]) for goal in goals]
+    return {name: torch.stack([t[name] for t in each]).amax(dim=0) for name in each[0]}
+
+
+def _solve_several(problem: Problem, goals: Sequence[Goal], solver: Solver) -> Counts:
+    """Within all goals at once: weights move towards the goal that is exceeded most."""
+
+    def attempt(tables: dict[str, Tensor]) -> Counts:
+        return solver(dataclasses.replace(problem, tables=tables, budget=SURROGATE_BUDGET))
+
+    found = [attempt(_largest(goals))]
+    weights = [1 / len(goals)] * len(goals)
+    for _ in range(SURROGATE_ROUNDS):
+        counts = attempt(_weighted(goals, weights))
+        shares = [goal.spent(counts) / max(goal.budget, 1) for goal in goals]
+        if max(shares) <= 1:
+            found.append(counts)
+        floored = [max(share, SMALLEST_SHARE) for share in shares]  # all units may be gone
+        weights = [weight * share**2 for weight, share in zip(weights, floored, strict=True)]
+        weights = [weight / sum(weights) for weight in weights]
+    return min(found, key=lambda counts: total_error(problem.sites, problem.rankings, counts))
+
+
+def total_error(
+    sites: Sequence[Site], rankings: Mapping[str, Ranking], counts: Mapping[str, int]
+) -> float:
+    """What is lost in all sites together, in the unit of the criterion."""
+    return sum(rankings[site.name].error_of(counts[site.name]) for site in sites)
+
+
+def allocate(
+    sites: Sequence[Site],
+    rankings: Mapping[str, Ranking],
+    goals: Sequence[Goal],
+    *,
+    solver: str,
+    levels: Levels,
+) -> Counts:
+    """How many units of each site stay.
+
+    Args:
+        sites: from `find_sites`.
+        rankings: from `score`.
+        goals: all of them are met, unless the floors alone exceed one.
+        solver: a key of `SOLVERS`.
+        levels: by site, the counts of units that it can keep.
+    """
+    solve = get_solver(solver)
+    if not sites:
+        return {}
+    problem = Problem(sites, rankings, _tables(goals[0]), goals[0].budget, levels)
+    if len(goals) == 1:
+        return solve(problem)
+    return _solve_several(problem, goals, solve)

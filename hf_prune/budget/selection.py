@@ -1,0 +1,115 @@
+"""A plan, and what goals asked for beside what it removes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hf_prune.budget.allocate import allocate, total_error
+from hf_prune.budget.costs import Goal
+from hf_prune.budget.levels import even_counts, stage_levels
+from hf_prune.criteria.ranking import Ranking
+from hf_prune.plan import Plan, SitePlan
+from hf_prune.recipe import Prune
+from hf_prune.sites import Site
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one goal asked for, and what is removed, in the same unit of cost.
+
+    `tolerance` is for what is measured and therefore noisy: the share of what may be left by which
+    it may be exceeded.
+    """
+
+    cost: str
+    asked: int
+    removed: int
+    total: int
+    tolerance: float = 0.0
+
+    @property
+    def met(self) -> bool:
+        """Whether at least what was asked is removed."""
+        return self.removed >= self.asked - self.tolerance * (self.total - self.asked)
+
+    def to_dict(self) -> dict[str, object]:
+        """For the report."""
+        return {
+            "cost": self.cost,
+            "total": self.total,
+            "asked_to_remove": self.asked,
+            "removed": self.removed,
+            "met": self.met,
+            "sparsity": self.removed / self.total if self.total else 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A plan, and for each goal what it asked for and what the plan removes."""
+
+    plan: Plan
+    outcomes: tuple[Outcome, ...]
+    error: float
+
+    @property
+    def met(self) -> bool:
+        """Whether every goal is met."""
+        return all(outcome.met for outcome in self.outcomes)
+
+    def to_dict(self) -> dict[str, object]:
+        """For the report: the first goal, and all of them under `goals` where there are more."""
+        result = {**self.outcomes[0].to_dict(), "met": self.met, "error": self.error}
+        if len(self.outcomes) > 1:
+            result["goals"] = [outcome.to_dict() for outcome in self.outcomes]
+        return result
+
+
+def selection_of(
+    sites: Sequence[Site],
+    rankings: Mapping[str, Ranking],
+    counts: Mapping[str, int],
+    goals: Sequence[Goal],
+    *,
+    model_type: str,
+) -> Selection:
+    """The plan that keeps the best so many units of each site, beside what goals ask for.
+
+    Args:
+        sites: from `find_sites`.
+        rankings: from `score`.
+        counts: by site, how many units stay.
+        goals: what is to go.
+        model_type: of the model, for the plan.
+    """
+    kept = {
+        site.name: SitePlan(site.kind, site.units, rankings[site.name].kept(counts[site.name]))
+        for site in sites
+    }
+    outcomes = tuple(
+        Outcome(goal.cost, goal.asked, goal.removed(counts), goal.total) for goal in goals
+    )
+    return Selection(Plan(model_type, kept), outcomes, total_error(sites, rankings, counts))
+
+
+def decide(
+    sites: Sequence[Site],
+    rankings: Mapping[str, Ranking],
+    stage: Prune,
+    goals: Sequence[Goal],
+    *,
+    model_type: str,
+) -> Selection:
+    """The plan that meets the goals of a stage.
+
+    Args:
+        sites: from `find_sites`.
+        rankings: from `score`.
+        stage: solver, floors and `round_to`.
+        goals: what is to go.
+        model_type: of the model, for the plan.
+    """
+    levels = stage_levels(sites, stage)
+    counts = allocate(sites, rankings, goals, solver=stage.solver, levels=levels)
+    if stage.even:
+        counts = even_counts(sites, counts, levels)
+    return selection_of(sites, rankings, counts, goals, model_type=model_type)
