@@ -6,6 +6,8 @@ import torch
 from hf_prune import compress, compress_family
 from hf_prune.errors import ConfigError
 from hf_prune.measure.counts import count_parameters
+from hf_prune.plan import rename_layers
+from hf_prune.sites import find_sites
 
 STAGE = {"stage": "prune", "sequence_length": 16}
 
