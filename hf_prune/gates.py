@@ -21,6 +21,7 @@ from hf_prune.sites import (
     ALL_KINDS,
     EXPERT_KINDS,
     HIDDEN,
+    QUERY_HEADS,
     Site,
     base_model,
     find_module,
@@ -332,8 +333,19 @@ def attach_gates(model: PreTrainedModel, sites: Sequence[Site]) -> Gates:
 
 
 def sites_for(model: PreTrainedModel, plan: Plan) -> list[Site]:
-    """All sites that a plan may speak of; that of the hidden width only where it does."""
-    return find_sites(model, (*ALL_KINDS, HIDDEN) if HIDDEN in plan.sites else ALL_KINDS)
+    """All sites that a plan may speak of; single query heads and channels only where it does.
+
+    Raises:
+        PlanError: when it speaks of the heads of an attention and of its query heads.
+    """
+    named = {site.kind for site in plan.sites.values()} & {QUERY_HEADS, HIDDEN}
+    sites = find_sites(model, (*ALL_KINDS, *sorted(named)))
+    cores = [site.core for site in sites if site.kind in ("heads", QUERY_HEADS)]
+    both = [site for site in sites if site.name in plan.sites and cores.count(site.core) > 1]
+    if QUERY_HEADS in named and any(site.kind == "heads" for site in both):
+        names = [site.name for site in both]
+        raise PlanError(f"{names[0]}: plan heads or query heads of an attention, not both.")
+    return sites
 
 
 def check_plan(plan: Plan, sites: Sequence[Site], model_type: str) -> list[Site]:

@@ -91,7 +91,7 @@ def one(**change):
         (one(schedule={"stat": 0.1}), r"schedule\.stat: unknown key; did you mean 'start'\?"),
         ({**one(), "sed": 3}, r"sed: unknown key; did you mean 'seed'\? Known: hf_prune, seed, st"),
         (one(zzzz=1), r"stages\.0\.zzzz: unknown key\. Known: stage, units"),
-        (one(units=["head"]), r"stages\.0\.units\.0: Input should be 'heads', 'neurons', 'ex"),
+        (one(units=["head"]), r"stages\.0\.units\.0: Input should be 'heads', 'neurons', 'qu"),
         (one(units=[]), "units must name each kind once"),
         (one(units=["heads", "heads"]), "units must name each kind once"),
         (one(units=["heads", "weights"]), "weights cannot share a stage"),

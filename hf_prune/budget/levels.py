@@ -30,7 +30,7 @@ def levels_of(site: Site, floor: int, step: int) -> list[int]:
 
 def _floor_of(site: Site, stage: Prune) -> int:
     by_kind = {"heads": stage.min_heads, "neurons": stage.min_neurons}
-    by_kind |= {"expert_neurons": stage.min_neurons, "hidden": 1}
+    by_kind |= {"expert_neurons": stage.min_neurons, "hidden": 1, "query_heads": stage.min_heads}
     named = [n for pattern, n in stage.floors.items() if fnmatch.fnmatch(site.name, pattern)]
     return max(by_kind.get(site.kind, 0), *named, 0)
 

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
 
-Unit = Literal["heads", "neurons", "experts", "expert_neurons", "hidden", "weights"]
+Unit = Literal["heads", "neurons", "query_heads", "experts", "expert_neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
 """The kinds of unit that a recipe can name."""
 
@@ -186,8 +186,9 @@ class Prune(Model):
     """Tells this stage from the others."""
     units: tuple[Unit, ...] = ("heads", "neurons")
     """What may go: `heads` and `neurons` are really removed, and so are channels of the `hidden`
-    width of the whole model; in a mixture of experts also whole `experts`, or `expert_neurons`,
-    which all experts of a layer have in common. Single `weights` become zero."""
+    width of the whole model. Heads go with their keys and values; `query_heads` one by one. In a
+    mixture of experts whole `experts` may go, or `expert_neurons`, which all experts of a layer
+    have in common. Single `weights` become zero."""
     criterion: str = Field(default_factory=_default_criterion)
     """A key of `hf_prune.criteria.CRITERIA`. For weights: one of
     `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, for weights `admm`, and `fisher`
@@ -267,6 +268,8 @@ class Prune(Model):
     def _one_kind(self) -> "Prune":
         if not self.units or len(set(self.units)) < len(self.units):
             raise ValueError("units must name each kind once, and at least one of them")
+        if {"heads", "query_heads"} <= set(self.units):
+            raise ValueError("name heads, with their keys and values, or single query_heads")
         if "hidden" in self.units:
             self._check_hidden()
         if "weights" in self.units and len(self.units) > 1:

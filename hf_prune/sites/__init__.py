@@ -1,6 +1,6 @@
 """What can go: the sites of a model, with the slices of the weights that their units own."""
 
-from hf_prune.sites.find import find_layers, find_sites, join, layer_modules
+from hf_prune.sites.find import find_layers, find_sites, layer_modules
 from hf_prune.sites.hidden import find_module, norms, readers
 from hf_prune.sites.modules import (
     base_model,
@@ -13,11 +13,13 @@ from hf_prune.sites.modules import (
     out_features,
     projection,
 )
+from hf_prune.sites.place import join
 from hf_prune.sites.site import (
     ALL_KINDS,
     EXPERT_KINDS,
     HIDDEN,
     KINDS,
+    QUERY_HEADS,
     Attribute,
     Layer,
     Site,
@@ -29,6 +31,7 @@ __all__ = [
     "EXPERT_KINDS",
     "HIDDEN",
     "KINDS",
+    "QUERY_HEADS",
     "Attribute",
     "Layer",
     "Site",

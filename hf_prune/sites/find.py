@@ -1,13 +1,12 @@
 """The sites of a model, from the description of its family.
 
-This is the only module that reads `families`. Everything after it works on slices and never asks
+This room is the only one that reads `families`. Everything after it works on slices and never asks
 which family a model is of. All names are relative to the base model, so that what is said about
 `BertForSequenceClassification` also holds for `BertModel`.
 """
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,8 @@ from transformers import PreTrainedModel
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import get_family
-from hf_prune.families.spec import Attention, Experts, Ffn, Stack
+from hf_prune.families.spec import Experts, Ffn, Stack
+from hf_prune.sites.heads import head_sites
 from hf_prune.sites.hidden import hidden_site
 from hf_prune.sites.modules import (
     base_model,
@@ -24,131 +24,13 @@ from hf_prune.sites.modules import (
     get_parameter,
     has_module,
     logical_weight,
-    out_features,
     projection,
 )
-from hf_prune.sites.site import HIDDEN, KINDS, Attribute, Layer, Site, Slice
+from hf_prune.sites.place import Place, join
+from hf_prune.sites.site import HIDDEN, KINDS, QUERY_HEADS, Attribute, Layer, Site, Slice
 
 
-def join(*parts: str) -> str:
-    """A dotted path, of which parts may be empty."""
-    return ".".join(part for part in parts if part)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One layer: where it is, its number among `depth` layers, how often a pass runs it."""
-
-    stack: Stack
-    name: str
-    layer: int
-    runs: int
-    depth: int
-
-    def site(
-        self, root: nn.Module, spec: "Attention | Ffn", slices: Sequence[Slice], **rest: Any
-    ) -> Site:
-        """A site of this layer whose last slice is its gate."""
-        parameters, macs = _unit_cost(root, slices)
-        return Site(
-            layer=self.layer,
-            slices=tuple(slices),
-            gate=slices[-1],
-            parameters=parameters,
-            macs_per_token=self.runs * macs,
-            layer_module=self.name,
-            sum_module=join(self.name, spec.sum) if spec.sum else "",
-            runs=self.runs,
-            stack=self.stack.layers,
-            depth=self.depth,
-            **rest,
-        )
-
-
-def _unit_cost(root: nn.Module, slices: Sequence[Slice]) -> tuple[int, int]:
-    parameters, macs = 0, 0
-    for item in slices:
-        module = projection(root, item.module)
-        weight = logical_weight(module)
-        entries = item.width * int(weight.shape[1 - item.axis])
-        macs += entries
-        parameters += entries + (item.width if item.axis == 0 and module.bias is not None else 0)
-    return parameters, macs
-
-
-def _packed_slices(
-    root: nn.Module, block: str, spec: Attention, head_dim: int, queries: int
-) -> list[Slice]:
-    """Slices of a projection that packs queries, keys and values."""
-    name = join(block, spec.qkv)
-    keys = (out_features(projection(root, name)) - queries) // 2
-    if spec.interleaved:
-        return [Slice(name, 0, 3 * head_dim)]
-    group = queries // max(keys, 1)  # query heads per key/value head
-    return [
-        Slice(name, 0, group * head_dim),
-        Slice(name, 0, head_dim, queries),
-        Slice(name, 0, head_dim, queries + keys),
-    ]
-
-
-def _attention_slices(
-    root: nn.Module, block: str, spec: Attention, head_dim: int, queries: int
-) -> list[Slice]:
-    """The slices of all projections into a block, `queries` its width; the first is of queries."""
-    if spec.qkv:
-        return _packed_slices(root, block, spec, head_dim, queries)
-    if spec.kv:
-        pair = join(block, spec.kv)
-        keys = out_features(projection(root, pair)) // 2
-        others = [Slice(pair, 0, head_dim), Slice(pair, 0, head_dim, keys)]
-    else:
-        keys = out_features(projection(root, join(block, spec.k)))
-        others = [Slice(join(block, name), 0, head_dim) for name in (spec.k, spec.v)]
-    group = queries // max(keys, 1)
-    more = [name for name in (join(block, m) for m in spec.more) if has_module(root, name)]
-    return [
-        Slice(join(block, spec.q), 0, group * head_dim),
-        *others,
-        *(Slice(name, 0, group * head_dim) for name in more),
-    ]
-
-
-def _head_site(root: nn.Module, place: _Place, spec: Attention) -> Site | None:
-    block = join(place.name, spec.path)
-    core = join(block, spec.core)
-    head_dim = spec.head_dim
-    if isinstance(head_dim, str):
-        head_dim = int(getattr(get_module(root, core), head_dim))
-    out = join(block, spec.out)
-    queries = int(logical_weight(projection(root, out)).shape[1])
-    if not queries:  # no head is left
-        return None
-    slices = _attention_slices(root, block, spec, head_dim, queries)
-    width = head_dim if spec.interleaved else slices[0].width  # of the query heads of a unit
-    group = width // head_dim
-    attributes = [Attribute(core, name, group) for name in spec.counts]
-    attributes += [Attribute(core, name, width) for name in spec.widths]
-    attributes += [Attribute(core, name, 1) for name in spec.kv_counts]
-    attributes += [Attribute(core, f"config.{name}", group) for name in spec.config_counts]
-    return place.site(
-        root,
-        spec,
-        [*slices, Slice(out, 1, width)],
-        name=block,
-        kind="heads",
-        units=queries // width,
-        attributes=tuple(attributes),
-        attention_width=place.runs * width,
-        core=core,
-        shared_bias=spec.shared_bias,
-        sizes=((spec.sizes[0], group), (spec.sizes[1], 1)) if spec.sizes else (),
-        empty=spec.empty,
-        cross=spec is place.stack.cross,
-    )
-
-
-def _neuron_site(root: nn.Module, place: _Place, spec: Ffn) -> Site | None:
+def _neuron_site(root: nn.Module, place: Place, spec: Ffn) -> Site | None:
     gate = Slice(join(place.name, spec.down), 1, 1)
     units = int(logical_weight(projection(root, gate.module)).shape[1])
     if not units:  # no neuron is left
@@ -173,7 +55,7 @@ GROUPED_MULTIPLE = 8
 """Widths of fused experts: grouped matrix products need rows of a multiple of 16 bytes."""
 
 
-def _expert_sites(root: nn.Module, place: _Place, spec: Experts) -> Iterator[Site]:
+def _expert_sites(root: nn.Module, place: Place, spec: Experts) -> Iterator[Site]:
     """The neurons that all experts of a layer have in common, and the experts themselves."""
     path, router = join(place.name, spec.path), join(place.name, spec.router)
     experts, width, neurons = get_parameter(root, Slice(path, 0, 1, 0, spec.down)).shape
@@ -250,7 +132,7 @@ def _layer_list(base: nn.Module, path: str) -> nn.ModuleList:
     return layers
 
 
-def _places(model: PreTrainedModel) -> Iterator[_Place]:
+def _places(model: PreTrainedModel) -> Iterator[Place]:
     """The layers of a model, stack by stack.
 
     Raises:
@@ -268,7 +150,7 @@ def _places(model: PreTrainedModel) -> Iterator[_Place]:
             # a depth belongs to the group in whose share of all depths it lies
             runs = sum(int(i / (depth / len(lists))) == group for i in range(depth))
             for index in range(len(layers)):
-                yield _Place(stack, f"{path}.{index}", number, runs, all_layers)
+                yield Place(stack, f"{path}.{index}", number, runs, all_layers)
                 found, number = True, number + 1
     if not found:
         names = " or ".join(stack.layers for stack in stacks)
@@ -278,12 +160,12 @@ def _places(model: PreTrainedModel) -> Iterator[_Place]:
         )
 
 
-def _sites_of(base: nn.Module, place: _Place) -> Iterator[Site | None]:
+def _sites_of(base: nn.Module, place: Place, kinds: Sequence[str]) -> Iterator[Site | None]:
     """Everything that can go in one layer, in the order in which the layer runs it."""
     stack = place.stack
-    yield _head_site(base, place, stack.attention)
+    yield from head_sites(base, place, stack.attention, kinds)
     if stack.cross and has_module(base, join(place.name, stack.cross.path)):
-        yield _head_site(base, place, stack.cross)
+        yield from head_sites(base, place, stack.cross, kinds)
     if stack.experts and has_module(base, join(place.name, stack.experts.path)):
         yield from _expert_sites(base, place, stack.experts)
     elif stack.ffn:
@@ -300,21 +182,23 @@ def find_sites(
     Args:
         model: a transformers model of a known family, with any head or none.
         kinds: of `ALL_KINDS`: `heads`, `neurons`; in a mixture of experts also `experts`, and
-            `expert_neurons`, which all experts of a layer have in common. Or `hidden`: one site of
-            the whole model, that comes last.
+            `expert_neurons`, which all experts of a layer have in common. Or `query_heads`: single
+            ones, where several share keys and values; they stand for the `heads` of an attention in
+            which groups differ by now. Or `hidden`: one site of the whole model, that comes last.
         ignore: shell patterns of names to leave out, such as `encoder.layer.0.*`.
 
     Raises:
         UnsupportedModelError: for an unknown family, a wrapper, or an unexpected layout.
     """
     base = base_model(model)
-    found = [site for place in _places(model) for site in _sites_of(base, place) if site]
+    found = [site for place in _places(model) for site in _sites_of(base, place, kinds) if site]
     if HIDDEN in kinds:
         found.append(hidden_site(model, found))
     return [
         site
         for site in found
-        if site.kind in kinds and not any(fnmatch.fnmatch(site.name, p) for p in ignore)
+        if (site.kind in kinds or (site.kind == QUERY_HEADS and "heads" in kinds))
+        and not any(fnmatch.fnmatch(site.name, pattern) for pattern in ignore)
     ]
 
 

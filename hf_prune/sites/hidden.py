@@ -92,7 +92,8 @@ def hidden_site(model: PreTrainedModel, sites: Sequence[Site]) -> Site:
     """
     width = hidden_width(model, sites)
     base, output = base_model(model), model.get_output_embeddings()
-    inner = {(item.module, item.parameter, item.axis) for site in sites for item in site.slices}
+    owned = (item for site in sites for item in (*site.slices, *site.read))
+    inner = {(item.module, item.parameter, item.axis) for item in owned}
     slices: list[Slice] = []
     seen: set[int] = set()
     linear, square = 0, 0

@@ -76,6 +76,10 @@ class Site:
     """Parameters that belong to each pair of units, where both axes of a matrix are of the site."""
     depth: int = 0
     """How many layers that list has."""
+    reads: tuple[int, ...] = ()
+    """Of query heads: the key/value head that each one reads."""
+    read: tuple[Slice, ...] = ()
+    """Of query heads: what key/value heads own. A head that no query is left for goes, too."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Layer:
     """Key of the config that says how many layers the list has; "" = none does."""
 
 
+QUERY_HEADS = "query_heads"
+"""Single query heads where several share keys and values."""
 HIDDEN = "hidden"
 """The kind, and the name, of the one site of the hidden width."""
 KINDS = ("heads", "neurons")

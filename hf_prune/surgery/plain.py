@@ -20,6 +20,7 @@ from hf_prune.surgery.rebuild import (
     NoHeads,
     NoInputs,
     T5KeptHeads,
+    UnevenGroups,
 )
 from hf_prune.surgery.shapes import forget_shapes_, set_key_
 
@@ -71,7 +72,7 @@ def _check_same(model: PreTrainedModel, built: PreTrainedModel) -> None:
                 f"{list(parameter.shape)}. Prune units: [neurons] only."
             )
     for name, module in model.named_modules():
-        if isinstance(module, (NoHeads, NoInputs, T5KeptHeads, MPNetKeptHeads)):
+        if isinstance(module, (NoHeads, NoInputs, T5KeptHeads, MPNetKeptHeads, UnevenGroups)):
             raise UnsupportedModelError(f"a plain config cannot say what {name} has become.")
     ours, others = base_model(model), base_model(built)
     for site, other_site in zip(

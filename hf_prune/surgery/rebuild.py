@@ -24,7 +24,7 @@ SHAPES_VERSION = 1
 """Version of the description."""
 MAX_ENTRIES = 1 << 20
 """More modules, and more heads, than any model has."""
-TABLES = ("modules", "attributes", "parameters", "heads", "empty")
+TABLES = ("modules", "attributes", "parameters", "heads", "empty", "groups")
 """The tables that a description may have."""
 KEY = "quantization_config"
 """The key of the config under which the description stands."""
@@ -137,6 +137,35 @@ class T5KeptHeads(nn.Module):
             sizes = hidden_states.shape[1], bias.shape[-1]
             bias = super().compute_bias(*sizes, device=bias.device, past_seen_tokens=past)  # type: ignore[misc]  # of T5Attention
         return output, bias, weights
+
+
+class _Spread:
+    """A cache, or none, that gives each query head its own keys and values."""
+
+    def __init__(self, cache: Any, reads: list[int]) -> None:
+        self.cache, self.reads = cache, reads
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("cache", "reads"):  # while being copied
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the cache gives, `[B, K, T, D]`, as `[B, H, T, D]`."""
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, *args, **kwargs)
+        return keys[:, self.reads], values[:, self.reads]
+
+
+class UnevenGroups(nn.Module):
+    """Attention in which key/value heads are read by different numbers of query heads."""
+
+    reads: list[int]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class does that is swapped for this one."""
+        cache = kwargs.pop("past_key_values", None)
+        return super().forward(*args, past_key_values=_Spread(cache, self.reads), **kwargs)
 
 
 class NoHeads(nn.Module):
@@ -258,6 +287,18 @@ def keep_heads_(module: nn.Module, bias: str, kept: list[int]) -> None:
     module.kept_heads = kept  # type: ignore[assignment]  # nn.Module types what it holds as modules
 
 
+def spread_(module: nn.Module, reads: list[int]) -> None:
+    """Let each query head of a narrowed attention read the key/value head that is its own.
+
+    Args:
+        module: the attention.
+        reads: for each query head that is left, the number of that key/value head.
+    """
+    if not isinstance(module, UnevenGroups):
+        module.__class__ = _joined(UnevenGroups, type(module))
+    module.reads = reads  # type: ignore[assignment]  # nn.Module types what it holds as modules
+
+
 def empty_(module: nn.Module, kind: str, out: str, *, cross: bool) -> None:
     """Make an attention that has no heads left run without them.
 
@@ -319,6 +360,17 @@ def _check_empty(where: str, entry: Mapping[Any, Any]) -> None:
         )
 
 
+def _check_groups(where: str, entry: Mapping[Any, Any]) -> None:
+    reads = entry.get("reads")
+    good = set(entry) == {"reads"} and isinstance(reads, list) and 0 < len(reads) <= MAX_ENTRIES
+    good = good and all(map(_is_size, reads)) and reads[0] == 0  # type: ignore[arg-type,index]  # a list
+    if not good or not all(b - a in (0, 1) for a, b in pairwise(reads)):  # type: ignore[arg-type]  # as above
+        raise CheckpointError(
+            f"{where}.reads must give each query head the key/value head that it reads, in order, "
+            "from 0 on and with none left out."
+        )
+
+
 def check_shapes(shapes: Mapping[str, Any]) -> None:
     """Check a description by itself: version, tables, kinds of value, signs.
 
@@ -343,6 +395,8 @@ def check_shapes(shapes: Mapping[str, Any]) -> None:
         _check_heads(f"{KEY}.heads[{name!r}]", entry)
     for name, entry in _table(shapes, "empty", dict).items():
         _check_empty(f"{KEY}.empty[{name!r}]", entry)
+    for name, entry in _table(shapes, "groups", dict).items():
+        _check_groups(f"{KEY}.groups[{name!r}]", entry)
 
 
 def resolve(base: nn.Module, name: str) -> nn.Module:
@@ -463,6 +517,18 @@ def _check_no_heads(name: str, module: nn.Module, entry: Mapping[str, Any]) -> N
         )
 
 
+def _check_uneven(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
+    groups: Any = vars(module).get("num_key_value_groups")
+    total: Any = getattr(vars(module).get("config"), "num_key_value_heads", None)
+    if not _is_size(groups) or not _is_size(total) or isinstance(module, (UnevenGroups, NoHeads)):
+        raise CheckpointError(f"{name} is a {type(module).__name__}, which has no groups of heads.")
+    if entry["reads"][-1] >= total or len(entry["reads"]) > groups * total:
+        raise CheckpointError(
+            f"{KEY}.groups[{name!r}].reads does not fit: the model has {total} key/value heads, "
+            f"each for {groups} query heads."
+        )
+
+
 def _check_all(modules: _Modules, shapes: Mapping[str, Any]) -> None:
     check_shapes(shapes)
     attributes = shapes.get("attributes", {})
@@ -478,6 +544,8 @@ def _check_all(modules: _Modules, shapes: Mapping[str, Any]) -> None:
         _check_kept(name, modules[name], entry, attributes.get(name, {}))
     for name, entry in shapes.get("empty", {}).items():
         _check_no_heads(name, modules[name], entry)
+    for name, entry in shapes.get("groups", {}).items():
+        _check_uneven(name, modules[name], entry)
 
 
 def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
@@ -503,6 +571,8 @@ def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
         keep_heads_(modules[name], entry["bias"], list(entry["kept"]))
     for name, entry in shapes.get("empty", {}).items():
         empty_(modules[name], entry["kind"], entry["out"], cross=entry["cross"])
+    for name, entry in shapes.get("groups", {}).items():
+        spread_(modules[name], list(entry["reads"]))
 
 
 def update_sizes_(module: nn.Module) -> None:

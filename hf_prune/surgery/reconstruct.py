@@ -56,11 +56,11 @@ MAX_STORED_BYTES = 1 << 30
 """Dense sums are kept in memory up to here; beyond, the dense layers are run again where needed."""
 
 Sums = dict[str, Tensor]
-"""By site, the dense network's sum of residual and output on one batch, `[B, T, E]`."""
+"""By output projection, the dense sum of residual and output on one batch, `[B, T, E]`."""
 
 
 def _watch_all(base: nn.Module, sites: Sequence[Site], stack: ExitStack) -> dict[str, Seen]:
-    return {site.name: stack.enter_context(watched(base, site)) for site in sites}
+    return {site.gate.module: stack.enter_context(watched(base, site)) for site in sites}
 
 
 def _totals(seen: dict[str, Seen]) -> Sums:
@@ -189,7 +189,7 @@ class _Walk:
             with watched(base, site, stop=not last) as seen:
                 run_layer(base, layer, self.hidden[index], stream.calls[layer])
             inputs, residual = inputs_and_residual(seen)
-            target = sums[index][site.name].to(residual.device) - residual
+            target = sums[index][site.gate.module].to(residual.device) - residual
             mask = stream.mask.to(residual.device)
             judges = self.targets.held_out[index].to(residual.device).unsqueeze(1)  # [B, 1]
             for moments, part in ((held_out, mask & judges), (fitted, mask & ~judges)):
@@ -257,7 +257,9 @@ def refit(
     """
     sites = find_sites(model)
     if changed is None:
-        changed = _from_first_narrowed(model, targets.dense)
+        modules = _from_first_narrowed(model, targets.dense)
+    else:
+        modules = {site.gate.module for site in sites if site.name in changed}
     fitted = []
     with both_in_eval(model, targets.dense):
         walk = _Walk(model, targets, ridge)
@@ -267,7 +269,7 @@ def refit(
             before, stack = stack, layer.rpartition(".")[0]
             if before not in ("", stack):
                 walk.enter([name for name in layers if name.rpartition(".")[0] == stack])
-            here = [site for site in layer_sites if site.name in changed]
+            here = [site for site in layer_sites if site.gate.module in modules]
             sums = walk.dense_sums(dense_sites)
             ends = bool(here) and here[-1].name == layer_sites[-1].name
             ends = ends and _is_end(walk, here[-1])
@@ -280,11 +282,18 @@ def refit(
 
 
 def _from_first_narrowed(model: PreTrainedModel, dense: PreTrainedModel) -> set[str]:
-    """The names of all sites from the first one on that has fewer units than in the dense model."""
-    left = {site.name: site.units for site in find_sites(model, ALL_KINDS)}  # none, where all went
+    """All output projections from the first one on that reads less than in the dense model."""
+    left = {  # nothing, where all went
+        (site.gate.module, site.gate.axis): site.units * site.gate.width
+        for site in find_sites(model, ALL_KINDS)
+    }
     before = find_sites(dense, ALL_KINDS)
-    narrowed = [left.get(site.name, 0) < site.units for site in before]
-    return {site.name for site in before[narrowed.index(True) :]} if any(narrowed) else set()
+    narrowed = [
+        left.get((site.gate.module, site.gate.axis), 0) < site.units * site.gate.width
+        for site in before
+    ]
+    first = narrowed.index(True) if any(narrowed) else len(before)
+    return {site.gate.module for site in before[first:]}
 
 
 def _is_end(walk: _Walk, site: Site) -> bool:

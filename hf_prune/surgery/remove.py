@@ -1,7 +1,7 @@
 """Removal: the rows and columns that units own are cut out, and the model says its new widths."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +10,7 @@ from hf_prune.gates import check_plan, sites_for
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import (
     HIDDEN,
+    QUERY_HEADS,
     Site,
     Slice,
     base_model,
@@ -17,7 +18,15 @@ from hf_prune.sites import (
     join,
     logical_weight,
 )
-from hf_prune.surgery.rebuild import empty_, keep_heads_, set_attribute_, update_sizes_
+from hf_prune.surgery.rebuild import (
+    UnevenGroups,
+    empty_,
+    get_attribute,
+    keep_heads_,
+    set_attribute_,
+    spread_,
+    update_sizes_,
+)
 from hf_prune.surgery.shapes import (
     Changes,
     keep_index,
@@ -31,7 +40,7 @@ Drop = Mapping[tuple[str, str, int], list[int]]
 """By module, parameter ("" = the weight and bias of a linear layer) and axis: positions that go."""
 
 
-def _positions(item: Slice, units: tuple[int, ...]) -> list[int]:
+def _positions(item: Slice, units: Sequence[int]) -> list[int]:
     starts = (item.offset + unit * item.width for unit in units)
     return [start + step for start in starts for step in range(item.width)]
 
@@ -50,11 +59,39 @@ def _cut(model: PreTrainedModel, drop: Drop, changes: Changes) -> None:
             changes.modules.add(name)
 
 
+def _gone(site: Site, plan: SitePlan) -> list[int]:
+    """The key/value heads that no query head is left for."""
+    return sorted(set(site.reads) - {site.reads[unit] for unit in plan.kept})
+
+
+def _keep_groups_true(base: nn.Module, site: Site, plan: SitePlan, changes: Changes) -> None:
+    """Say which key/value head each query head reads; a number, where groups are alike."""
+    left = sorted({site.reads[unit] for unit in plan.kept})
+    reads = [left.index(site.reads[unit]) for unit in plan.kept]
+    size = len(reads) // max(len(left), 1)
+    module = base.get_submodule(site.core)
+    even = reads == [head for head in range(len(left)) for _ in range(size)]
+    uneven = not even or isinstance(module, UnevenGroups)
+    size = 1 if uneven else size
+    if plan.kept:
+        set_attribute_(module, "num_key_value_groups", size)
+        changes.attributes[site.core]["num_key_value_groups"] = size
+    if uneven:
+        spread_(module, reads)
+        changes.groups[site.core] = {"reads": list(reads)}
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if get_attribute(module, name) is not None:
+            set_attribute_(module, name, len(left))
+            changes.attributes[site.core][name] = len(left)
+
+
 def _keep_attributes_true(base: nn.Module, site: Site, plan: SitePlan, changes: Changes) -> None:
     for attribute in site.attributes:
         value = len(plan.kept) * attribute.per_unit
         set_attribute_(base.get_submodule(attribute.module), attribute.name, value)
         changes.attributes[attribute.module][attribute.name] = value
+    if site.reads:
+        _keep_groups_true(base, site, plan, changes)
     if site.empty and not plan.kept:
         path = site.core
         out = "" if site.empty == "context" else site.gate.module.removeprefix(f"{path}.")
@@ -90,6 +127,9 @@ def remove_units(model: PreTrainedModel, plan: Plan) -> None:
             changed.append(site)
             for item in site.slices:
                 drop[item.module, item.parameter, item.axis] += _positions(item, removed)
+            for item in site.read:
+                positions = _positions(item, _gone(site, plan.sites[site.name]))
+                drop[item.module, item.parameter, item.axis] += positions
     if not changed:
         return
     changes = Changes()
@@ -99,5 +139,5 @@ def remove_units(model: PreTrainedModel, plan: Plan) -> None:
     if HIDDEN in plan.sites:
         model.tie_weights()  # both got a new parameter
     record_shapes_(model, changes)
-    if any(site.kind == "heads" for site in changed):
+    if any(site.kind in ("heads", QUERY_HEADS) for site in changed):
         record_caches_(model)

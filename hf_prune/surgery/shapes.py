@@ -39,6 +39,8 @@ class Changes:
     """Attentions that slice a shared position bias."""
     empty: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attentions that have no heads left and need to be told."""
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Attentions whose key/value heads are read by different numbers of query heads."""
 
 
 def narrow_(module: nn.Module, axis: int, index: Tensor) -> None:
@@ -121,6 +123,10 @@ def record_shapes_(model: PreTrainedModel, changes: Changes) -> None:
     for name, entry in changes.empty.items():
         shapes.setdefault("empty", {})[name] = entry
         shapes.get("heads", {}).pop(name, None)
+    for name, entry in changes.groups.items():
+        shapes.setdefault("groups", {})[name] = entry
+    for name in changes.empty:
+        shapes.get("groups", {}).pop(name, None)
     model.config.quantization_config = shapes
 
 
@@ -141,7 +147,8 @@ def record_caches_(model: PreTrainedModel) -> None:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for site in find_sites(model, ["heads"]):
         if not site.cross:
-            layers[site.layer] = {"num_key_value_heads": site.units, "head_dim": width}
+            heads = site.reads[-1] + 1 if site.reads else site.units
+            layers[site.layer] = {"num_key_value_heads": heads, "head_dim": width}
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = layers  # type: ignore[assignment]  # a dict is invariant
 

@@ -252,21 +252,21 @@ class _Walk:
         """Fit everything in a layer, in the order in which it runs, and pass it."""
         base, record = base_model(self.targets.dense), _Record()
         sites = {site.gate.module: site for site in self.layers[layer]}
-        left = {site.name for site in find_sites(self.model)}
+        left = {site.gate.module for site in find_sites(self.model)}
         inside = [name for name in self.names if name.startswith(f"{layer}.")]
         modules = {name: find_module(self.targets.dense, name) for name in (*inside, *sites)}
-        sums: dict[str, list[Tensor]] = {site.name: [] for site in sites.values()}
+        sums: dict[str, list[Tensor]] = {name: [] for name in sites}
         for stream in self.streams:
             with ExitStack() as stack:
                 stack.enter_context(record.of(modules))
-                seen = {s.name: stack.enter_context(watched(base, s)) for s in sites.values()}
+                seen = {n: stack.enter_context(watched(base, s)) for n, s in sites.items()}
                 stream.dense = run_layer(base, layer, stream.dense, stream.calls[layer])
             for name, item in seen.items():
                 assert item.total is not None  # noqa: S101  # the layer ran
                 sums[name].append(item.total)
         for name in record.order:
-            if name in sites and sites[name].name in left:
-                self._fit_writer(sites[name], sums[sites[name].name])
+            if name in sites and name in left:
+                self._fit_writer(sites[name], sums[name])
             elif name not in sites and record.reads[name] == name:
                 self.fit_readers(name, record, lambda index: self._run(layer, index))
         for index, stream in enumerate(self.calls):
