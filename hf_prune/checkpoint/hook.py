@@ -68,11 +68,17 @@ class HfPruneQuantizer(HfQuantizer):
         _forget_conversions(model)
         model.is_quantized = False  # type: ignore[assignment]  # a plain flag
         for module in model.modules():
-            config = getattr(module, "config", None)
-            if config is not None and hasattr(config, "_is_quantized"):
-                del config._is_quantized
+            if isinstance(module, PreTrainedModel):  # where transformers has put it
+                vars(module.config).pop("_is_quantized", None)
         model.config.quantization_config = shapes
         return model
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Nothing: no module of transformers is swapped for one that another format can read."""
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The model's own, and ours; weights have no companions such as scales."""
+        return weight_conversions + self.get_weight_conversions()
 
     def get_weight_conversions(self) -> list[Any]:
         """How weights are read that lie in the checkpoint in another form."""

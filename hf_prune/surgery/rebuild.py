@@ -424,12 +424,12 @@ class _Modules:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.inside = dict(model.base_model.named_modules(remove_duplicate=False))
+        self.base: nn.Module = model.base_model
+        self.inside: dict[str, nn.Module] = dict(self.base.named_modules(remove_duplicate=False))
         self.outside: dict[str, nn.Module] = {}
 
     def __getitem__(self, name: str) -> nn.Module:
-        table: dict[str, nn.Module] = self.inside
-        root: nn.Module = self.model.base_model
+        table, root = self.inside, self.base
         if name.startswith("/"):  # a path from the whole model
             self.outside = self.outside or dict(self.model.named_modules(remove_duplicate=False))
             table, root = self.outside, self.model
@@ -441,7 +441,7 @@ class _Modules:
     def here(self, shapes: Mapping[str, Any], table: str) -> dict[str, Any]:
         """The entries of a table, without those of a task head that this model does not have."""
         entries: dict[str, Any] = shapes.get(table, {})
-        if self.model.base_model is not self.model:
+        if self.base is not self.model:
             return entries
         return {name: entry for name, entry in entries.items() if not name.startswith("/")}
 
@@ -557,7 +557,14 @@ def apply_shapes_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
         CheckpointError: naming the key that is wrong.
     """
     modules = _Modules(model)
-    _check_all(modules, shapes)
+    # while a model is built on `meta`, every look at a tensor passes a mode that chooses devices
+    with torch._C.DisableTorchFunction():
+        _check_all(modules, shapes)
+        _apply_(modules, shapes)
+
+
+def _apply_(modules: _Modules, shapes: Mapping[str, Any]) -> None:
+    """Carry out a description that was checked."""
     for name, entry in modules.here(shapes, "modules").items():
         _resize_(modules[name], entry["out"], entry["in"])
     for name, sizes in modules.here(shapes, "parameters").items():

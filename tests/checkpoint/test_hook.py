@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_prune.errors import CheckpointError
@@ -291,3 +292,23 @@ def test_without_the_hook_loading_fails_loudly(saved):
     assert done.returncode == 1
     assert "hf_prune" in done.stderr
     assert "Error" in done.stderr.splitlines()[-1] or "mismatch" in done.stderr
+
+
+def test_narrowing_is_not_slowed_by_the_mode_that_builds_on_meta(tiny, uneven_plan):
+    """Where a model is built under `torch.device`, every look at a tensor passes through Python."""
+    pruned = tiny("bert")
+    remove_units(pruned, uneven_plan(pruned))
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        model = type(pruned)(pruned.config)
+        with Watch():
+            apply_shapes_(model, pruned.config.quantization_config)
+    assert seen == []
+    assert [p.shape for p in model.parameters()] == [p.shape for p in pruned.parameters()]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
