@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Goal
-from hf_prune.budget.levels import stage_levels
+from hf_prune.budget.prepare import prepare
 from hf_prune.budget.selection import selection_of
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.recipe import Prune
@@ -80,7 +80,8 @@ class LevelSearch:
         self.targets: DenseTargets = dense_targets(self.model, fitted or self.batches)
         self.dense = logits_on(self.model, self.judges)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.levels = stage_levels(self.sites, self.stage)
+        ready = prepare(self.sites, self.rankings, self.stage)
+        self.rankings, self.levels = ready.rankings, ready.levels
 
     def error(self, counts: Mapping[str, int]) -> float:
         """Mean squared change of the logits of a network of some widths, re-fitted, on judges."""

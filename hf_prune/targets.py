@@ -16,7 +16,7 @@ from fractions import Fraction
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Goal, cost_tables, make_goal
-from hf_prune.budget.levels import stage_levels
+from hf_prune.budget.prepare import prepare
 from hf_prune.budget.selection import Outcome, Selection, decide, selection_of
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
@@ -144,6 +144,8 @@ class Chooser:
 
     def __post_init__(self) -> None:
         target = self.stage.target
+        ready = prepare(self.sites, self.rankings, self.stage)
+        self.rankings = ready.rankings
         self.goals: list[Goal] = []
         self.shape = Shape(target.batch_size if target else 1, self.stage.sequence_length)
         if target is None:
@@ -160,8 +162,7 @@ class Chooser:
         self.goals += _counted(self.model, self.sites, self.stage, target)
         if target.timed:
             if self.table is None:
-                levels = stage_levels(self.sites, self.stage)
-                empty = any(counts[0] == 0 for counts in levels.values())
+                empty = any(counts[0] == 0 for counts in ready.levels.values())
                 self.table = latency_table(self.model, self.sites, self.shape, empty=empty)
             tables = self.table.tables(self.sites)
             total = self.table.total_ns

@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs global": ("kfac_obs", "global"),
     "kfac_obs uniform": ("kfac_obs", "uniform"),
     "kfac_obs top_down": ("kfac_obs", "top_down"),
+    "kfac_obs template": ("kfac_obs", "template"),
     "obs knapsack": ("obs", "knapsack"),
     "fisher knapsack": ("fisher", "knapsack"),
     "block_fisher knapsack": ("block_fisher", "knapsack"),
@@ -53,6 +54,8 @@ METHODS: dict[str, tuple[str, str]] = {
     "random uniform": ("random", "uniform"),
 }
 """What is compared, best first, so that an interrupted run has the most telling rows."""
+TEMPLATE = {"pattern": "uniform_width", "multiple": 64}
+"""Of the rows with a template: the same share of every site."""
 LEVELS: dict[str, dict[str, Any]] = {
     "0.5 of the encoder": {"sparsity": 0.5, "of": "layers"},
     "0.7 of the encoder": {"sparsity": 0.7, "of": "layers"},
@@ -76,6 +79,7 @@ def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
         "solver": solver,
         "round_to": 16,
         "min_neurons": 16,
+        **({"template": TEMPLATE} if solver == "template" else {}),
         "sequence_length": TOKENS,
         **goal,
         **options,

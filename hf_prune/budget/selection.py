@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from hf_prune.budget.allocate import allocate, total_error
 from hf_prune.budget.costs import Goal
-from hf_prune.budget.levels import even_counts, stage_levels
+from hf_prune.budget.levels import even_counts
+from hf_prune.budget.prepare import prepare
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import Prune
@@ -108,8 +109,8 @@ def decide(
         goals: what is to go.
         model_type: of the model, for the plan.
     """
-    levels = stage_levels(sites, stage)
-    counts = allocate(sites, rankings, goals, solver=stage.solver, levels=levels)
+    ready = prepare(sites, rankings, stage)
+    counts = allocate(sites, ready.rankings, goals, solver=stage.solver, levels=ready.levels)
     if stage.even:
-        counts = even_counts(sites, counts, levels)
-    return selection_of(sites, rankings, counts, goals, model_type=model_type)
+        counts = even_counts(sites, counts, ready.levels)
+    return selection_of(sites, ready.rankings, counts, goals, model_type=model_type)

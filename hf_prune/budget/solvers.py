@@ -135,6 +135,7 @@ Solver = Callable[[Problem], Counts]
 SOLVERS: dict[str, Solver] = {
     "global": global_,
     "knapsack": exact,
+    "template": uniform,
     "top_down": top_down,
     "uniform": uniform,
 }

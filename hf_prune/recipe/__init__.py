@@ -16,6 +16,15 @@ from hf_prune.recipe.prune import (
     count_to_remove,
     share_of,
 )
+from hf_prune.recipe.template import (
+    AlternateLayers,
+    Ends,
+    EveryHead,
+    Rule,
+    Rules,
+    Template,
+    UniformWidth,
+)
 from hf_prune.recipe.text import MAX_RECIPE_DEPTH, parse_yaml
 from hf_prune.recipe.train import Distill, Student, Train
 
@@ -23,15 +32,22 @@ __all__ = [
     "MAX_RECIPE_BYTES",
     "MAX_RECIPE_DEPTH",
     "UNITS",
+    "AlternateLayers",
     "Distill",
+    "Ends",
+    "EveryHead",
     "Floor",
     "Prune",
     "Recipe",
+    "Rule",
+    "Rules",
     "Schedule",
     "Stage",
     "Student",
     "Target",
+    "Template",
     "Train",
+    "UniformWidth",
     "Weights",
     "count_to_remove",
     "did_you_mean",

@@ -12,6 +12,8 @@ from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
 from hf_prune.recipe.names import did_you_mean
 from hf_prune.recipe.prune import Floor, Prune, Schedule, Target, Weights
+from hf_prune.recipe.template import PATTERNS
+from hf_prune.recipe.template import known_keys as known_template_keys
 from hf_prune.recipe.text import dump_yaml, parse_yaml
 from hf_prune.recipe.train import Distill, Student, Train
 
@@ -86,6 +88,8 @@ def _read(path: Path) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    if "template" in location:
+        return known_template_keys(location[location.index("template") + 1 :])
     models: tuple[type[BaseModel], ...] = (Recipe,)
     nested: dict[str, type[BaseModel]] = {
         "schedule": Schedule,
@@ -115,26 +119,57 @@ def explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             known = _known_keys(location[:-1])
             message = f"unknown key{did_you_mean(str(location[-1]), known)}"
+        if item["type"] == "union_tag_invalid" and location[-1] == "template":
+            tag = str(item["ctx"]["tag"])
+            message = f"unknown pattern {tag!r}{did_you_mean(tag, sorted(PATTERNS))}"
         lines.append(f"{where}: {message}" if where else message)
     return "\n".join(lines)
 
 
+def _written_out(name: str, folder: Path) -> Any:
+    """The data of a template that is given by its name, or by the path of a file."""
+    if not name.endswith((".yaml", ".yml")):
+        return {"pattern": name}
+    try:
+        return parse_yaml(_read(folder / name))
+    except ConfigError as error:
+        raise ConfigError(f"template {name}: {error}") from error
+
+
+def _with_templates(data: Any, folder: Path) -> Any:
+    """The data of a recipe in which templates that are named are written out."""
+    stages = data.get("stages") if isinstance(data, Mapping) else None
+    if not isinstance(stages, list | tuple):
+        return data
+    written = []
+    for stage in stages:
+        name = stage.get("template") if isinstance(stage, Mapping) else None
+        new = {"template": _written_out(name, folder)} if isinstance(name, str) else None
+        written.append({**stage, **new} if new else stage)
+    return {**data, "stages": written}
+
+
 def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -> Recipe:
     """A `Recipe` from a recipe, the path of a YAML file, or plain data.
+
+    A `template` may be the name of a pattern, or the path of a YAML file from the folder of the
+    recipe (the current one for plain data): the recipe then holds what is in it.
 
     Raises:
         ConfigError: naming the file, the key and what is wrong with it.
     """
     if isinstance(source, Recipe):
         return source
-    name = "recipe"
+    name, folder = "recipe", Path()
     data: Any = source
     if not isinstance(source, Mapping):
         name = os.fspath(source)
+        folder = Path(name).parent
         try:
             data = parse_yaml(_read(Path(name)))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
+    data = _with_templates(data, folder)
     try:
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
+from hf_prune.recipe.template import Template, UniformWidth
 
 Unit = Literal["heads", "neurons", "query_heads", "experts", "expert_neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
@@ -197,11 +198,14 @@ class Prune(Model):
     """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (the same share of each
     matrix), `global` (one ranking), `outliers`, or `knapsack` (by layer errors). If not given,
     `knapsack`, and for weights `uniform`."""
+    template: Template | None = None
+    """With `solver: template`: a pattern, its name, or a YAML file with one. It decides alone, or
+    within `sparsity` or `target`: what it leaves open then goes uniformly."""
     cost: Literal["parameters", "macs"] = "parameters"
     """What `sparsity` counts. MACs are those of one sequence of `sequence_length` tokens."""
     sparsity: float | None = None
-    """Fraction to remove, in [0, 1). Either this or `target`; a pattern such as 2:4 says it by
-    itself."""
+    """Fraction to remove, in [0, 1). Either this or `target`; a pattern such as 2:4, or a template,
+    can say it by itself."""
     weights: Weights | None = None
     """More about a stage of single weights."""
     target: Target | None = None
@@ -311,7 +315,8 @@ class Prune(Model):
                 f"pattern {self.single.pattern} removes {implied:g} of the weights: leave sparsity "
                 "out, or write that"
             )
-        if implied is None and (self.sparsity is None) == (self.target is None):
+        given = (self.sparsity is not None) + (self.target is not None)
+        if implied is None and given != 1 and (given or not self._templated):
             raise ValueError("give either sparsity or target")
         if self.target is not None and (self.schedule is not None or not self.structural):
             raise ValueError(
@@ -329,6 +334,23 @@ class Prune(Model):
             raise ValueError("floor is for heads and neurons in one shot")
         return self
 
+    @model_validator(mode="after")
+    def _whole_template(self) -> "Prune":
+        if (self.solver == "template") != (self.template is not None):
+            raise ValueError("solver: template and template: ... belong together: give both")
+        if self.template is not None and (self.schedule is not None or not self.structural):
+            raise ValueError("a template is for heads and neurons in one shot")
+        if self.floor is not None and self.sparsity is None and self.target is None:
+            raise ValueError("a floor needs sparsity or target: the most that may go")
+        return self
+
+    @property
+    def _templated(self) -> bool:
+        """Whether a template says by itself how much goes."""
+        template = self.template
+        open_ = isinstance(template, UniformWidth) and template.share is None
+        return template is not None and not open_
+
     @property
     def fraction(self) -> float:
         """The sparsity of a stage that is known to have one.
@@ -337,6 +359,8 @@ class Prune(Model):
             ConfigError: when it has a target instead.
         """
         sparsity = self.sparsity if self._implied is None else self._implied
+        if sparsity is None and self.target is None and self._templated:
+            return 0.0  # no more than what the template takes
         if sparsity is None:
             raise ConfigError("this stage has a target and no sparsity.")
         return sparsity

@@ -14,7 +14,7 @@ from hf_prune.budget.selection import decide
 from hf_prune.budget.solvers import SOLVERS, get_solver
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
-from hf_prune.recipe import Prune
+from hf_prune.recipe import Prune, UniformWidth
 from hf_prune.sites import find_sites
 
 solvers = pytest.mark.parametrize("solver", sorted(SOLVERS))
@@ -141,6 +141,12 @@ def test_several_goals_are_all_met(solver, problem, budgets):
         assert all(goal.spent(counts) <= goal.budget for goal in goals)
 
 
+def prune(solver, **rest):
+    """A stage with a solver, and with what that needs."""
+    template = UniformWidth(multiple=1) if solver == "template" else None
+    return Prune(solver=solver, template=template, **rest)
+
+
 def toy(**scores):
     sites = [toy_site(n, "heads", len(v), i) for i, (n, v) in enumerate(scores.items())]
     return sites, {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.items()}
@@ -186,7 +192,7 @@ def test_decide_removes_what_was_asked(tiny, solver, cost, sparsity):
         s.name: Ranking.from_scores(torch.rand(s.units, generator=torch.Generator().manual_seed(1)))
         for s in sites
     }
-    stage = Prune(sparsity=sparsity, solver=solver, cost=cost, sequence_length=10)
+    stage = prune(solver, sparsity=sparsity, cost=cost, sequence_length=10)
     goal = make_goal(sites, cost, sparsity, sequence_length=10)
     selection = decide(sites, rankings, stage, [goal], model_type="bert")
     (result,) = selection.outcomes
@@ -235,7 +241,7 @@ def test_asked_is_the_exact_fraction(solver):
     removed = {}
     for percent in range(1, 100):
         goal = make_goal([site], "parameters", percent / 100)
-        stage = Prune(sparsity=percent / 100, solver=solver)
+        stage = prune(solver, sparsity=percent / 100)
         result = decide([site], rankings, stage, [goal], model_type="bert")
         removed[percent] = result.outcomes[0].removed
     assert {k: v for k, v in removed.items() if k != v} == {}
@@ -244,7 +250,7 @@ def test_asked_is_the_exact_fraction(solver):
 @solvers
 def test_widths_are_rounded(tiny, solver):
     sites = find_sites(tiny("bert"))
-    stage = Prune(sparsity=0.45, solver=solver, round_to=16)
+    stage = prune(solver, sparsity=0.45, round_to=16)
     goal = make_goal(sites, "parameters", 0.45)
     result = decide(sites, flat(sites), stage, [goal], model_type="bert")
     kept = [len(s.kept) for s in result.plan.sites.values() if s.kind == "neurons"]
@@ -304,9 +310,7 @@ def test_floors_by_name_and_by_kind(tiny):
 def test_floors_of_sites_and_empty_sublayers(tiny, solver):
     sites = find_sites(tiny("bert"))
     floors = {"encoder.layer.0.attention": 2, "encoder.layer.1.ffn": 24}
-    stage = Prune(
-        sparsity=0.99, solver=solver, min_heads=0, min_neurons=0, round_to=8, floors=floors
-    )
+    stage = prune(solver, sparsity=0.99, min_heads=0, min_neurons=0, round_to=8, floors=floors)
     goal = make_goal(sites, "parameters", 0.99)
     result = decide(sites, flat(sites), stage, [goal], model_type="bert")
     kept = {name: len(site.kept) for name, site in result.plan.sites.items()}
