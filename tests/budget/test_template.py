@@ -241,7 +241,8 @@ def test_every_family_loses_alternate_layers(tiny, name):
     result = compress(model, {"stages": [{**template, "reconstruct": False}]})
     (entry,) = result.report["pruning"]
     gone = count_parameters(model) - count_parameters(result.model)
-    assert entry["removed"] == gone
+    # where a layer is then left with nothing but norms, they go with it
+    assert entry["removed"] < gone if result.layers else entry["removed"] == gone
     for site in find_sites(model):
         expected = 0 if site.layer % 2 else site.units
         assert len(result.plan.sites[site.name].kept) == expected
