@@ -43,7 +43,7 @@ def _needs_data(stage: Prune) -> bool:
     if not stage.structural:
         return needs_data(stage)
     statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
-    return bool(statistics) or stage.reconstruct
+    return bool(statistics) or stage.reconstruct or stage.rescale
 
 
 def _calibration(

@@ -35,7 +35,7 @@ from hf_prune.measure.counts import count_encoder_parameters, count_parameters, 
 from hf_prune.measure.latency import compare_latency
 from hf_prune.oneshot import Analysis, analyse, prune_once
 from hf_prune.recipe import Prune, load_recipe
-from hf_prune.surgery.reconstruct import DenseTargets
+from hf_prune.surgery.dense import DenseTargets
 
 METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs knapsack": ("kfac_obs", "knapsack"),
