@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_prune.budget.solvers import get_solver
+from hf_prune.budget.prepare import check_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
 from hf_prune.oneshot import Metric, analyse, prune_once
@@ -34,7 +34,7 @@ def check_stages(recipe: Recipe) -> None:
     for stage in recipe.prune_stages:
         if stage.structural:
             get_criterion(stage.criterion)
-            get_solver(stage.solver)
+            check_solver(stage)
         else:
             check_weight_stage(stage)
 

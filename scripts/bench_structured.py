@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "obs knapsack": ("obs", "knapsack"),
     "fisher knapsack": ("fisher", "knapsack"),
     "block_fisher knapsack": ("block_fisher", "knapsack"),
+    "block_fisher mask_search": ("block_fisher", "mask_search"),
     "fisher_label knapsack": ("fisher_label", "knapsack"),
     "taylor knapsack": ("taylor", "knapsack"),
     "activation_norm uniform": ("activation_norm", "uniform"),

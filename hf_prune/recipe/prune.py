@@ -327,7 +327,9 @@ class Prune(Model):
         return self
 
     @model_validator(mode="after")
-    def _whole_template(self) -> "Prune":
+    def _whole_solver(self) -> "Prune":
+        if self.solver == "mask_search" and self.schedule is not None:
+            raise ValueError("mask_search is for one shot: leave schedule out")
         if (self.solver == "template") != (self.template is not None):
             raise ValueError("solver: template and template: ... belong together: give both")
         if self.template is not None and (self.schedule is not None or not self.structural):
