@@ -22,7 +22,8 @@ from hf_prune.sites import HIDDEN, Site, find_sites
 from hf_prune.statistics.batches import Batch, first_examples
 from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect
 from hf_prune.statistics.score import score
-from hf_prune.surgery.reconstruct import DenseTargets, dense_targets, refit
+from hf_prune.surgery.dense import DenseTargets, dense_targets
+from hf_prune.surgery.reconstruct import refit_as_asked
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.width import refit_width
 from hf_prune.targets import Chooser, Decision
@@ -95,7 +96,8 @@ def analyse(
         batches: calibration batches, already checked; as many examples as the stage asks for are
             used.
         seed: of everything random.
-        dense: what the re-fit aims at, where `model` itself is no longer dense.
+        dense: what the re-fit aims at, where `model` itself is no longer dense; a parallel one aims
+            at `model` all the same, whose units the plan numbers.
 
     Raises:
         ConfigError: when no site is left.
@@ -121,7 +123,9 @@ def analyse(
     with _timed(seconds, "scores"):
         rankings = score(model, sites, stage.criterion, statistics, seed)
     many = first_examples(model, batches, stage.reconstruction_samples or stage.calibration_samples)
-    return Analysis(model, sites, rankings, many, model if dense is None else dense, seed, seconds)
+    alone = dense is None or stage.reconstruction == "parallel"
+    aim = model if alone or dense is None else dense
+    return Analysis(model, sites, rankings, many, aim, seed, seconds)
 
 
 @dataclass(frozen=True)
@@ -141,12 +145,12 @@ def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
     with _timed(seconds, "remove"):
         remove_units(model, decision.selection.plan)
     fitted: list[str] = []
-    if stage.reconstruct:
+    if stage.reconstruct or stage.rescale:
         targets = analysis.dense_targets()
         hidden = decision.selection.plan.sites.get(HIDDEN)
         with _timed(seconds, "reconstruct"):
             if hidden is None:
-                fitted = refit(model, targets, ridge=stage.ridge)
+                fitted = refit_as_asked(model, targets, stage, decision.selection.plan)
             elif hidden.removed:
                 fitted = refit_width(model, targets, hidden.kept, ridge=stage.ridge)
     entry = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_prune.budget.solvers import get_solver
+from hf_prune.budget.prepare import check_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
 from hf_prune.oneshot import Metric, analyse, prune_once
@@ -35,7 +35,7 @@ def check_stages(recipe: Recipe) -> None:
     for stage in recipe.prune_stages:
         if stage.structural:
             get_criterion(stage.criterion)
-            get_solver(stage.solver)
+            check_solver(stage)
         else:
             check_weight_stage(stage)
 
@@ -44,7 +44,7 @@ def _needs_data(stage: Prune) -> bool:
     if not stage.structural:
         return needs_data(stage)
     statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
-    return bool(statistics) or stage.reconstruct
+    return bool(statistics) or stage.reconstruct or stage.rescale
 
 
 def _calibration(

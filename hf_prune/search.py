@@ -22,7 +22,8 @@ from hf_prune.sites import Site
 from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.projection import logits_of
-from hf_prune.surgery.reconstruct import DenseTargets, dense_targets, refit
+from hf_prune.surgery.dense import DenseTargets, dense_targets
+from hf_prune.surgery.reconstruct import refit_as_asked
 from hf_prune.surgery.remove import remove_units
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class LevelSearch:
         model_type = self.model.config.model_type
         selection = selection_of(self.sites, self.rankings, counts, (), model_type=model_type)
         remove_units(candidate, selection.plan)
-        refit(candidate, self.targets, ridge=self.stage.ridge)
+        refit_as_asked(candidate, self.targets, self.stage, selection.plan)
         pairs = zip(logits_on(candidate, self.judges), self.dense, strict=True)
         sums = torch.zeros(2, dtype=torch.float64)
         for ours, theirs in pairs:

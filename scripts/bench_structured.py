@@ -36,7 +36,7 @@ from hf_prune.measure.latency import compare_latency
 from hf_prune.oneshot import Analysis, analyse, prune_once
 from hf_prune.recipe import Prune, load_recipe
 from hf_prune.statistics.example import example_batch
-from hf_prune.surgery.reconstruct import DenseTargets
+from hf_prune.surgery.dense import DenseTargets
 
 METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs knapsack": ("kfac_obs", "knapsack"),
@@ -47,6 +47,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "obs knapsack": ("obs", "knapsack"),
     "fisher knapsack": ("fisher", "knapsack"),
     "block_fisher knapsack": ("block_fisher", "knapsack"),
+    "block_fisher mask_search": ("block_fisher", "mask_search"),
     "fisher_label knapsack": ("fisher_label", "knapsack"),
     "taylor knapsack": ("taylor", "knapsack"),
     "activation_norm uniform": ("activation_norm", "uniform"),

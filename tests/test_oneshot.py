@@ -134,3 +134,26 @@ def test_whole_blocks_may_go(tiny, inputs_for, name, solver):
     with torch.no_grad():
         output = result.model(**batches[0])
     assert torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize("change", [{"reconstruction": "parallel"}, {"rescale": True}])
+@pytest.mark.parametrize("name", ["bert", "albert"])
+def test_other_fits_in_two_stages(tiny, inputs_for, name, change):
+    """The second stage numbers units of the model that the first one left."""
+    model, batches = tiny(name), [inputs_for(name, s) for s in range(4)]
+    stages = [{**STAGE, **change, "sparsity": share} for share in (0.2, 0.4)]
+    result = compress(model, {"stages": stages}, batches)
+    plain = [{**stage, "reconstruct": False, "rescale": False} for stage in stages]
+    other = compress(model, {"stages": plain}, batches)
+    assert all(entry["refitted"] for entry in result.report["pruning"])
+    assert not any(entry["refitted"] for entry in other.report["pruning"])
+
+
+def test_rescaling_alone(tiny, inputs_for):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(6)]
+    stage = {**STAGE, "sparsity": 0.5, "criterion": "magnitude", "reconstruct": False}
+    plain = compress(model, {"stages": [stage]}, batches)
+    scaled = compress(model, {"stages": [{**stage, "rescale": True}]}, batches)
+    assert plain.plan == scaled.plan
+    assert not same(plain.model, scaled.model)
+    assert scaled.report["pruning"][0]["refitted"] > 0

@@ -135,6 +135,7 @@ Solver = Callable[[Problem], Counts]
 SOLVERS: dict[str, Solver] = {
     "global": global_,
     "knapsack": exact,
+    "mask_search": global_,  # with rankings that `prepare` has made for it
     "template": uniform,
     "top_down": top_down,
     "uniform": uniform,

@@ -5,6 +5,8 @@ from the second moments of the projection's inputs, and gives an order in which 
 cheapest to lose after all before it are gone and the rest has been re-fitted.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -149,9 +151,9 @@ def kfac_obs(weight: Tensor, *, hessian: Tensor, output_gradient: Tensor) -> Ran
     return structured_obs(matrix, hessian, width)
 
 
-def _greedy(matrix: Tensor) -> Ranking:
+def _greedy(pairs: Tensor) -> Ranking:
     """The order that adds least to `1_S^T F 1_S` at each step."""
-    matrix = matrix.double()
+    matrix = pairs.double()
     cost = matrix.diagonal().clone()
     order, losses = [], []
     for _ in range(len(matrix)):
@@ -160,7 +162,8 @@ def _greedy(matrix: Tensor) -> Ranking:
         losses.append(float(cost[unit]))
         cost += 2 * matrix[unit]
         cost[unit] = torch.inf
-    return Ranking.from_losses(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
+    found = Ranking.from_losses(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
+    return dataclasses.replace(found, pairs=pairs)
 
 
 @criterion
@@ -172,7 +175,8 @@ def block_fisher(weight: Tensor, *, projected_gate_fisher: Tensor) -> Ranking:
         projected_gate_fisher: `F`, `[U, U]`.
 
     Returns:
-        A greedy order, and `1_S^T F 1_S` over the set `S` that is gone.
+        A greedy order, and `1_S^T F 1_S` over the set `S` that is gone; and `F`, for
+        `solver: mask_search`.
 
     Source: the block-diagonal Fisher information of Kwon et al. 2022, arXiv:2204.09656, with random
         projections of the logits in place of labels.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_prune.criteria.exchange import exchange
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -14,10 +16,16 @@ class Ranking:
         order: `[U]` int64, the unit that matters least first.
         errors: `[U + 1]` float64, what is lost when the first `k` units of the order are gone, in
             the unit of the criterion. Starts at 0 and never falls.
+        pairs: `[U, U]`, of which `1_S^T F 1_S` is what is lost with the set `S`, where the
+            criterion knows it.
+        swaps: whether units are exchanged (`criteria.exchange`) before it is said which stay. Then
+            fewer units are not always a subset of more, and the errors are those before.
     """
 
     order: Tensor
     errors: Tensor
+    pairs: Tensor | None = None
+    swaps: bool = False
 
     def __post_init__(self) -> None:
         if self.errors.shape != (len(self.order) + 1,):
@@ -54,10 +62,30 @@ class Ranking:
         """
         return self.errors.diff().cummax(0).values
 
+    @classmethod
+    def with_swaps(cls, pairs: Tensor) -> "Ranking":
+        """The ranking by the diagonal of `F`, whose units are exchanged by all of it.
+
+        Args:
+            pairs: `F`, `[U, U]`.
+        """
+        alone = cls.from_scores(pairs.diagonal().double().cpu())
+        return cls(alone.order, alone.errors, pairs.double().cpu(), swaps=True)
+
     def error_of(self, kept: int) -> float:
         """What is lost when `kept` units stay."""
+        if self.swaps and self.pairs is not None:
+            gone = ~self._stays(kept)
+            return max(float(self.pairs[gone][:, gone].sum()), 0.0)
         return float(self.errors[self.units - kept])
 
     def kept(self, count: int) -> tuple[int, ...]:
-        """The sorted indices of the `count` units that stay longest."""
-        return tuple(sorted(self.order[self.units - count :].tolist()))
+        """The sorted indices of the `count` units that stay."""
+        return tuple(self._stays(count).nonzero().flatten().tolist())
+
+    def _stays(self, count: int) -> Tensor:
+        stays = torch.zeros(self.units, dtype=torch.bool)
+        stays[self.order[self.units - count :]] = True
+        if self.swaps and self.pairs is not None:
+            return ~exchange(~stays, self.pairs)
+        return stays

@@ -238,6 +238,12 @@ class Prune(Model):
     """Tokens of the sequence whose MACs are counted."""
     reconstruct: bool = True
     """Re-fit the output projections after removal (one-shot only)."""
+    reconstruction: Literal["sequential", "parallel"] = "sequential"
+    """What a re-fit sees: what the pruned network really gives, so that it also repairs what
+    earlier layers lost; or, all at once, the inputs in the network before this stage."""
+    rescale: bool = False
+    """Fit one factor for each unit that stays and write it into its columns (arXiv:2204.09656):
+    before `reconstruct`, or instead of it. Held-out examples decide whether it is kept."""
     ridge: float = Field(default=1e-2, gt=0)
     """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal. Held-out
     examples choose between a tenth of it, itself and ten times it."""
@@ -335,7 +341,9 @@ class Prune(Model):
         return self
 
     @model_validator(mode="after")
-    def _whole_template(self) -> "Prune":
+    def _whole_solver(self) -> "Prune":
+        if self.solver == "mask_search" and self.schedule is not None:
+            raise ValueError("mask_search is for one shot: leave schedule out")
         if (self.solver == "template") != (self.template is not None):
             raise ValueError("solver: template and template: ... belong together: give both")
         if self.template is not None and (self.schedule is not None or not self.structural):

@@ -4,7 +4,7 @@ The engine of every re-fit: sums over tokens are added batch by batch, over proc
 many, and one damped solve towards the old weights follows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,8 +139,56 @@ def solve_towards(
     return new.to(weight.dtype), new_bias
 
 
+def rescaled(
+    moments: Moments, weight: Tensor, bias: Tensor | None, ridge: float, *, width: int
+) -> tuple[Tensor, Tensor | None]:
+    """The weights with one factor for each unit's columns, those that fit the targets best.
+
+    Minimises `sum ||W diag(s) x + b - t||^2 + lam ||s - 1||^2` over one `s` for each unit, with
+    `lam = ridge * mean(diag M)` for the Gram matrix `M` of what the units give. In float64.
+
+    Args:
+        moments: of all tokens.
+        weight: `[outputs, U * D]`.
+        bias: `[outputs]`, or None; it stays what it is.
+        ridge: pull towards 1.
+        width: `D`, columns that one unit owns.
+
+    Returns:
+        New weight, in the dtype of the old one, and the bias.
+
+    Raises:
+        NumericsError: when inputs or targets were not finite.
+
+    Source: the mask tuning of Kwon et al. 2022, arXiv:2204.09656, with a ridge towards 1 in the
+        place of their damped solver, and of a clip.
+    """
+    gram, cross, mean_x, _ = means(moments, centred=False)
+    old = weight.double()
+    if bias is not None:
+        cross = cross - torch.outer(bias.double(), mean_x)
+    units = old.shape[1] // width
+    products = (old.T @ old) * gram  # [U * D, U * D]
+    matrix = products.view(units, width, units, width).sum(dim=(1, 3))  # [U, U]
+    right = (old * cross).sum(dim=0).view(units, width).sum(dim=1)  # [U]
+    factor, damping = _cholesky(matrix, ridge * max(float(matrix.diagonal().mean()), 1e-12))
+    scales = torch.cholesky_solve((right + damping).unsqueeze(1), factor).squeeze(1)
+    if not torch.isfinite(scales).all():
+        raise NumericsError("the targets of an output projection are not finite.")
+    return (old * scales.repeat_interleave(width)).to(weight.dtype), bias
+
+
+Solve = Callable[[Moments, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
+"""From moments, old weights, their bias and a ridge to new ones."""
+
+
 def fit_checked(
-    fitted: Moments, held_out: Moments, weight: Tensor, bias: Tensor | None, ridges: Sequence[float]
+    fitted: Moments,
+    held_out: Moments,
+    weight: Tensor,
+    bias: Tensor | None,
+    ridges: Sequence[float],
+    solve: Solve = solve_towards,
 ) -> tuple[Tensor, Tensor | None, float | None]:
     """The best fit that tokens which were not fitted confirm; the old weights, if none is better.
 
@@ -151,6 +199,7 @@ def fit_checked(
         weight: the old one, `[outputs, inputs]`.
         bias: `[outputs]`, or None.
         ridges: to choose from, increasing; as in `solve_towards`.
+        solve: what is fitted: all weights, or one factor for each unit.
 
     Returns:
         Weight and bias, fitted to all tokens with the chosen ridge, and that ridge; or the old ones
@@ -162,12 +211,12 @@ def fit_checked(
     every = fitted.plus(held_out)
     if not int(held_out.count[0]) or not int(fitted.count[0]):
         ridge = ridges[len(ridges) // 2]
-        return *solve_towards(every, weight, bias, ridge), ridge
+        return *solve(every, weight, bias, ridge), ridge
     best, chosen = held_out.error(weight, bias), None
     for ridge in ridges:
-        error = held_out.error(*solve_towards(fitted, weight, bias, ridge))
+        error = held_out.error(*solve(fitted, weight, bias, ridge))
         if error < best:
             best, chosen = error, ridge
     if chosen is None:
         return weight, bias, None
-    return *solve_towards(every, weight, bias, chosen), chosen
+    return *solve(every, weight, bias, chosen), chosen

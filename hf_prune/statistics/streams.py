@@ -8,7 +8,7 @@ already contains what was changed in earlier layers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Stream:
     dense: Tensor  # [B, T, E]
     pruned: Tensor  # [B, T, E]
     calls: dict[str, Call]
+    order: list[str] = field(default_factory=list)  # names of layers, each as often as it ran
 
 
 def first_tensor(value: Any) -> Tensor:
@@ -59,7 +60,7 @@ def both_in_eval(first: nn.Module, second: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Call]]]:
-    """What each of the layers is called with while the model runs."""
+    """What each of the layers is called with while the model runs, the first time that it is."""
     record: dict[str, tuple[Tensor, Call]] = {}
     handles: list[RemovableHandle] = []
     for name in layers:
@@ -69,7 +70,7 @@ def recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, tupl
         ) -> None:
             rest = dict(kwargs)
             hidden = args[0] if args else rest.pop("hidden_states")
-            record[name] = (hidden.detach(), Call(args[1:], rest))
+            record.setdefault(name, (hidden.detach(), Call(args[1:], rest)))
 
         hook = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
         handles.append(hook)
@@ -78,6 +79,47 @@ def recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, tupl
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def in_order(model: nn.Module, layers: Sequence[str]) -> Iterator[list[str]]:
+    """The names of the layers in the order in which they run, each as often as it does."""
+    order: list[str] = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: order.append(name)
+        )
+        for name in layers
+    ]
+    try:
+        yield order
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def segments(layers: Sequence[str], order: Sequence[str]) -> list[list[str]]:
+    """Runs of layers that belong together: one layer alone, or shared layers with all their runs.
+
+    Args:
+        layers: names, in the order of the model.
+        order: as they ran, from `in_order`.
+
+    Returns:
+        For each segment the names of its layers, each as often as it runs. No layer is in two.
+    """
+    found: list[list[str]] = []
+    for layer in layers:
+        if any(layer in segment for segment in found):
+            continue
+        if order.count(layer) < 2:
+            found.append([layer])
+            continue
+        first, last = order.index(layer), len(order) - list(order)[::-1].index(layer)
+        while any(name in order[last:] for name in order[first:last]):
+            last += 1
+        found.append(list(order[first:last]))
+    return found
 
 
 def start_streams(
@@ -97,12 +139,13 @@ def start_streams(
     streams = []
     for batch in batches:
         batch = to_device(batch, dense.device)
-        with recorded(base_model(dense), layers) as record:
+        base = base_model(dense)
+        with recorded(base, layers) as record, in_order(base, layers) as order:
             dense(**forward_kwargs(dense, batch, labels=False))
         first = record[layers[0]][0]
         calls = {name: call for name, (_, call) in record.items()}
         mask = sequence_mask(dense, batch, layers[0], first)
-        streams.append(Stream(mask, first, first.to(pruned.device), calls))
+        streams.append(Stream(mask, first, first.to(pruned.device), calls, order))
     return streams
 
 
@@ -116,12 +159,14 @@ class Seen:
     """What one site saw when its layer ran: `[B, T, ...]` each.
 
     `after` is what the module that gets the sum made of it; the sum itself, where there is none.
+    `totals` has the sum of each run, where the layer runs several times.
     """
 
     inputs: Tensor | None = None
     output: Tensor | None = None
     total: Tensor | None = None
     after: Tensor | None = None
+    totals: list[Tensor] = field(default_factory=list)
 
 
 class _Enough(Exception):  # it ends a pass early, and is no error
@@ -144,6 +189,7 @@ def watched(base: nn.Module, site: Site, *, stop: bool = False) -> Iterator[Seen
 
     def at_sum(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.total = args[0].detach()
+        seen.totals.append(seen.total)
         if stop:
             raise _Enough
 
@@ -152,6 +198,7 @@ def watched(base: nn.Module, site: Site, *, stop: bool = False) -> Iterator[Seen
 
     def at_end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.total = seen.after = first_tensor(output).detach()
+        seen.totals.append(seen.total)
 
     handles = [projection(base, site.gate.module).register_forward_hook(at_projection)]
     if site.sum_module:

@@ -41,12 +41,8 @@ from hf_prune.statistics.streams import (
     start_streams,
     watched,
 )
-from hf_prune.surgery.reconstruct import (
-    RIDGE_STEPS,
-    DenseTargets,
-    inputs_and_residual,
-    write_,
-)
+from hf_prune.surgery.dense import DenseTargets
+from hf_prune.surgery.reconstruct import RIDGE_STEPS, inputs_and_residual, write_
 
 TINY = 1e-12
 """A channel that varies less than this keeps its scale."""

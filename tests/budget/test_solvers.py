@@ -1,5 +1,6 @@
 """Solvers: never over the budget, and more budget keeps more."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -144,7 +145,13 @@ def test_several_goals_are_all_met(solver, problem, budgets):
 def prune(solver, **rest):
     """A stage with a solver, and with what that needs."""
     template = UniformWidth(multiple=1) if solver == "template" else None
-    return Prune(solver=solver, template=template, **rest)
+    criterion = "block_fisher" if solver == "mask_search" else "fisher"
+    return Prune(solver=solver, template=template, criterion=criterion, **rest)
+
+
+def ranking_of(scores):
+    """A ranking that every solver takes: of units that have nothing in common."""
+    return dataclasses.replace(Ranking.from_scores(scores), pairs=torch.diag(scores.double()))
 
 
 def toy(**scores):
@@ -189,7 +196,7 @@ def test_decide_removes_what_was_asked(tiny, solver, cost, sparsity):
     model = tiny("bert")
     sites = find_sites(model)
     rankings = {
-        s.name: Ranking.from_scores(torch.rand(s.units, generator=torch.Generator().manual_seed(1)))
+        s.name: ranking_of(torch.rand(s.units, generator=torch.Generator().manual_seed(1)))
         for s in sites
     }
     stage = prune(solver, sparsity=sparsity, cost=cost, sequence_length=10)
@@ -209,7 +216,7 @@ def test_decide_removes_what_was_asked(tiny, solver, cost, sparsity):
 
 
 def flat(sites):
-    return {site.name: Ranking.from_scores(torch.ones(site.units)) for site in sites}
+    return {site.name: ranking_of(torch.ones(site.units)) for site in sites}
 
 
 def test_what_cannot_be_met_is_said(tiny):
@@ -237,7 +244,7 @@ def test_another_base(tiny):
 def test_asked_is_the_exact_fraction(solver):
     """A fraction such as 0.07 of 100 is 7: the float product is a little more than that."""
     site = toy_site("a", "neurons", 100, parameters=1, macs_per_token=0, attention_width=0)
-    rankings = {"a": Ranking.from_scores(torch.arange(100.0))}
+    rankings = {"a": ranking_of(torch.arange(100.0))}
     removed = {}
     for percent in range(1, 100):
         goal = make_goal([site], "parameters", percent / 100)

@@ -1,10 +1,12 @@
 """The ridge regression of moments, against least squares on the tokens themselves."""
 
+import functools
+
 import pytest
 import torch
 
 from hf_prune.errors import NumericsError
-from hf_prune.statistics.moments import Moments, fit_checked, solve_towards
+from hf_prune.statistics.moments import Moments, fit_checked, rescaled, solve_towards
 
 TOKENS, INPUTS, OUTPUTS = 60, 7, 4
 
@@ -159,3 +161,49 @@ def test_without_held_out_tokens_the_middle_ridge_is_taken():
     found, _, ridge = fit_checked(moments, nothing, weight, None, (1e-3, 1e-1, 10.0))
     assert ridge == 1e-1
     assert torch.equal(found, solve_towards(moments, weight, None, 1e-1)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 10.0])
+def test_factors_of_units_are_a_least_squares_solution(bias, width, ridge):
+    """Against the system written out: one row for each output of each token, and for each pull."""
+    generator = torch.Generator().manual_seed(width)
+    units, outputs, tokens = 4, 5, 60
+    x = torch.randn(tokens, units * width, generator=generator, dtype=torch.float64)
+    t = torch.randn(tokens, outputs, generator=generator, dtype=torch.float64)
+    weight = torch.randn(outputs, units * width, generator=generator, dtype=torch.float64)
+    offset = torch.randn(outputs, generator=generator, dtype=torch.float64) if bias else None
+    gives = torch.stack(  # [tokens, outputs, U]
+        [
+            x[:, u * width : (u + 1) * width] @ weight[:, u * width : (u + 1) * width].T
+            for u in range(units)
+        ],
+        dim=-1,
+    )
+    matrix = gives.flatten(0, 1)
+    right = (t - (offset if bias else 0)).flatten()
+    pull = (ridge * matrix.square().sum(dim=0).mean()).sqrt()
+    matrix = torch.cat([matrix, pull * torch.eye(units, dtype=torch.float64)])
+    right = torch.cat([right, pull * torch.ones(units, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(matrix, right.unsqueeze(1)).solution.squeeze(1)
+    found, same = rescaled(moments_of(x, t), weight, offset, ridge, width=width)
+    scales = found.view(outputs, units, width) / weight.view(outputs, units, width)
+    torch.testing.assert_close(
+        scales, expected.view(1, units, 1).expand_as(scales), rtol=1e-4, atol=1e-5
+    )
+    assert same is offset
+
+
+def test_factors_that_held_out_tokens_do_not_confirm_are_not_kept():
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(2, 40, 6, generator=generator).unbind(0)
+    weight = torch.randn(3, 6, generator=generator)
+    by_unit = functools.partial(rescaled, width=2)
+    right, wrong = moments_of(x, x @ weight.T), moments_of(other, 3 * (other @ weight.T))
+    kept, _, ridge = fit_checked(wrong, right, weight, None, (1e-3, 1e-1), by_unit)
+    assert ridge is None
+    assert torch.equal(kept, weight)
+    found, _, ridge = fit_checked(wrong, wrong, weight, None, (1e-9, 1e-1), by_unit)
+    assert ridge == 1e-9
+    torch.testing.assert_close(found, 3 * weight, rtol=1e-3, atol=1e-3)

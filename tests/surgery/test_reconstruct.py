@@ -1,15 +1,19 @@
 """The re-fit repairs, counts real tokens only, and changes nothing but output projections."""
 
+import copy
+
 import pytest
 import torch
-from tinies import CORE, DECODERS, ENCODERS, SEQ2SEQ, without_labels
+from tinies import CORE, DECODERS, ENCODERS, SEQ2SEQ, TINY, without_labels
+from transformers import AutoModelForSequenceClassification
 
-from hf_prune.errors import UnsupportedModelError
 from hf_prune.plan import Plan, SitePlan
-from hf_prune.sites import base_model, find_sites
+from hf_prune.sites import base_model, find_sites, gate_weight
 from hf_prune.statistics.streams import by_layer
+from hf_prune.surgery import dense as dense_module
 from hf_prune.surgery import reconstruct as reconstruct_module
-from hf_prune.surgery.reconstruct import dense_targets, reconstruct, refit
+from hf_prune.surgery.dense import dense_targets
+from hf_prune.surgery.reconstruct import reconstruct, refit
 from hf_prune.surgery.remove import remove_units
 
 families = pytest.mark.parametrize("name", [*CORE, "opt"])
@@ -117,7 +121,9 @@ def last_layer_error(model, dense, batches):
             with torch.no_grad():
                 each(**without_labels(each, batch))
             hook.remove()
-        ours, theirs = (out[0] if isinstance(out, tuple) else out for out in seen)
+        runs = len(seen) // 2  # of a shared layer the last one
+        last = seen[runs - 1], seen[-1]
+        ours, theirs = (out[0] if isinstance(out, tuple) else out for out in last)
         total += (ours - theirs).double().square().sum().item()
     return total
 
@@ -132,10 +138,184 @@ def test_repairs_other_inputs(name, case):
     assert last_layer_error(pruned, dense, batches) < 0.9 * before
 
 
-def test_shared_layers_are_refused(case):
-    dense, pruned, batches, _ = case("albert")
-    with pytest.raises(UnsupportedModelError, match="albert runs its layers several times"):
-        reconstruct(pruned, dense, batches)
+@pytest.fixture(params=[(3, 2, 1), (4, 1, 1), (4, 1, 2)], ids=str)
+def shared(request, inputs_for):
+    """ALBERT of some layers, groups of shared layers, and layers in each; its batches."""
+    layers, groups, inner = request.param
+    config = TINY["albert"]()
+    config.num_hidden_layers, config.num_hidden_groups = layers, groups
+    config.inner_group_num = inner
+    torch.manual_seed(3)
+    dense = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return dense, [inputs_for("albert", seed, (9, 6, 4, 7) * 4) for seed in range(4)]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_shared_layers_are_fitted_to_all_their_runs(shared, uneven_plan, stored, monkeypatch):
+    """What the last run of the last layer gives is closer to the dense network than before."""
+    if not stored:
+        monkeypatch.setattr(dense_module, "MAX_STORED_BYTES", 0)
+    dense, batches = shared
+    pruned = copy.deepcopy(dense)
+    remove_units(pruned, uneven_plan(pruned, seed=1))
+    targets = dense_targets(dense, batches)
+    assert (targets.stored is None) != stored
+    before = last_layer_error(pruned, dense, batches)
+    fitted = refit(pruned, targets, ridge=1e-3)
+    assert fitted == [site.name for site in find_sites(pruned)]
+    assert last_layer_error(pruned, dense, batches) < 0.8 * before
+
+
+def test_a_shared_layer_sees_the_moments_of_all_its_runs(shared, uneven_plan, monkeypatch):
+    """The first fit has as many tokens as runs times real tokens, each with its own target."""
+    dense, batches = shared
+    pruned = copy.deepcopy(dense)
+    remove_units(pruned, uneven_plan(pruned, seed=1))
+    site = find_sites(pruned)[0]
+    inputs, targets = [], []
+    base, core = base_model(pruned), base_model(dense)
+    for batch in batches:
+        mask, seen = batch["attention_mask"].bool(), {"x": [], "y": [], "ours": [], "theirs": []}
+        handles = [
+            base.get_submodule(site.gate.module).register_forward_hook(
+                lambda m, a, o, seen=seen: seen["x"].append(a[0]) or seen["y"].append(o)
+            )
+        ]
+        for root, key in ((base, "ours"), (core, "theirs")):
+            handles.append(
+                root.get_submodule(site.sum_module).register_forward_pre_hook(
+                    lambda m, a, seen=seen, key=key: seen[key].append(a[0])
+                )
+            )
+        with torch.no_grad():
+            for model in (pruned, dense):
+                model(**without_labels(model, batch))
+        for handle in handles:
+            handle.remove()
+        for x, y, ours, theirs in zip(*seen.values(), strict=True):
+            inputs.append(x[mask])
+            targets.append((theirs - (ours - y))[mask])
+    first = []
+
+    def keep(fitted, held_out, weight, bias, ridges):
+        first.append(fitted.plus(held_out))
+        return weight, bias, None
+
+    monkeypatch.setattr(reconstruct_module, "fit_checked", keep)
+    refit(pruned, dense_targets(dense, batches))
+    x, t = torch.cat(inputs).double(), torch.cat(targets).double()
+    assert len(x) == int(first[0].count)
+    assert len(inputs) == site.runs * len(batches)
+    torch.testing.assert_close(first[0].xx, x.T @ x, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(first[0].tx, t.T @ x, atol=1e-3, rtol=1e-4)
+
+
+def test_shared_layers_that_only_get_worse_are_left_alone(shared, uneven_plan, monkeypatch):
+    """Fits that are good for the moments and bad for the runs that follow are not kept."""
+    dense, batches = shared
+    pruned = copy.deepcopy(dense)
+    remove_units(pruned, uneven_plan(pruned, seed=1))
+    state = copy.deepcopy(pruned.state_dict())
+
+    def worse(fitted, held_out, weight, bias, ridges):
+        return weight + 5, bias, 1.0
+
+    monkeypatch.setattr(reconstruct_module, "fit_checked", worse)
+    refit(pruned, dense_targets(dense, batches))
+    shared_runs = [site.runs > 1 for site in find_sites(pruned)]
+    assert any(shared_runs)
+    for site in find_sites(pruned):
+        name = next(key for key in state if key.endswith(f"{site.gate.module}.weight"))
+        assert torch.equal(pruned.state_dict()[name], state[name]) == (site.runs > 1)
+
+
+@families
+def test_parallel_fits_see_the_dense_inputs(name, case):
+    """Each narrowed site is the ridge solution from the dense network's inputs and outputs."""
+    dense, pruned, batches, plan = case(name)
+    state = {k: v.clone() for k, v in pruned.state_dict().items()}
+    sites, before = find_sites(pruned), {site.name: site for site in find_sites(dense)}
+    targets = dense_targets(dense, batches)
+    fitted = refit(pruned, targets, ridge=1e-3, kept=plan)
+    assert fitted == [s.name for s in sites if s.units < before[s.name].units]
+    base, core = base_model(pruned), base_model(dense)
+    seen = {site.name: [] for site in sites}
+    for site in sites:
+        core.get_submodule(site.gate.module).register_forward_hook(
+            lambda m, a, o, site=site: seen[site.name].append((a[0], o))
+        )
+    with torch.no_grad():
+        for batch in batches:
+            dense(**without_labels(dense, batch))
+    for site in sites:
+        module = base.get_submodule(site.gate.module)
+        x, t = [], []
+        for batch, (inputs, output) in zip(batches, seen[site.name], strict=True):
+            mask = batch["attention_mask"].bool()
+            by_unit = inputs.view(*mask.shape, -1, site.gate.width)[mask]
+            x.append(by_unit[:, list(plan.sites[site.name].kept)].flatten(1))
+            t.append(output.view(*mask.shape, -1)[mask])
+        x, t = torch.cat(x), torch.cat(t)
+
+        def error(weight, bias, x=x, t=t):
+            return float(
+                (x @ weight.detach().T + (0 if bias is None else bias.detach()) - t).square().sum()
+            )
+
+        stored = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+        old = state[next(k for k in state if k.endswith(f"{site.gate.module}.weight"))]
+        old = old.T if type(module).__name__ == "Conv1D" else old
+        bias = module.bias
+        old_bias = (
+            None
+            if bias is None
+            else state[next(k for k in state if k.endswith(f"{site.gate.module}.bias"))]
+        )
+        if site.name in fitted:
+            assert error(stored, bias) < error(old, old_bias), site.name
+        else:
+            assert torch.equal(stored, old)
+
+
+@families
+def test_rescaling_is_one_factor_for_each_unit(name, case):
+    dense, pruned, batches, _ = case(name)
+    base = base_model(pruned)
+    sites = find_sites(pruned)
+    old = {s.name: gate_weight(base, s).detach().clone() for s in sites}  # [U, N]
+    last = sites[-1].name
+    before = errors(pruned, dense, batches)[last]
+    fitted = refit(pruned, dense_targets(dense, batches), rescale=True, least_squares=False)
+    assert fitted == [site.name for site in sites]
+    changed = 0
+    for site in sites:
+        ratio = gate_weight(base, site).detach() / old[site.name]
+        torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3, atol=1e-3)
+        changed += int((ratio[:, 0] - 1).abs().max() > 1e-4)
+    assert changed, "held-out examples confirm at least one"
+    assert errors(pruned, dense, batches)[last] < before
+
+
+def test_rescaling_comes_before_the_re_fit(case, monkeypatch):
+    """Both together start the re-fit from rescaled weights."""
+    dense, pruned, batches, _ = case("bert")
+    starts = []
+    original = reconstruct_module.fit_checked
+
+    def spy(fitted, held_out, weight, bias, ridges, *solve):
+        starts.append((bool(solve), weight.clone()))
+        return original(fitted, held_out, weight, bias, ridges, *solve)
+
+    monkeypatch.setattr(reconstruct_module, "fit_checked", spy)
+    refit(pruned, dense_targets(dense, batches), rescale=True)
+    assert [by_unit for by_unit, _ in starts] == [True, False] * 4
+    assert any(
+        not torch.equal(a, b) for (_, a), (_, b) in zip(starts[::2], starts[1::2], strict=True)
+    )
 
 
 @pytest.fixture
@@ -145,7 +325,7 @@ def nothing_held_out(monkeypatch):
     def none(model, batch):
         return torch.zeros(len(batch["input_ids"]), dtype=torch.bool)
 
-    monkeypatch.setattr(reconstruct_module, "_held_out", none)
+    monkeypatch.setattr(dense_module, "_held_out", none)
 
 
 @families
@@ -219,7 +399,7 @@ def test_one_dense_pass_serves_many_models_and_memory(name, case, monkeypatch):
     again, large = case(name)[1], case(name)[1]
     targets = dense_targets(dense, batches)
     assert refit(pruned, targets) == refit(again, targets)
-    monkeypatch.setattr(reconstruct_module, "MAX_STORED_BYTES", 0)
+    monkeypatch.setattr(dense_module, "MAX_STORED_BYTES", 0)
     big = dense_targets(dense, batches)
     assert big.stored is None
     refit(large, big)
@@ -238,9 +418,10 @@ def test_the_stream_is_the_networks_own(name, case):
     last = list(layers.values())[-1]
     with torch.no_grad():
         for layer in list(layers)[:-1]:
-            walk.run(layer)
+            walk.run([layer])
         assert reconstruct_module._is_end(walk, last[-1])
-        walk.fit(last[-1], walk.dense_sums(last), last=True)
+        runs = [last[-1].layer_module]
+        walk.fit(last[-1], walk.dense_sums(last, runs), runs, last=True)
         ours = [hidden.clone() for hidden in walk.hidden]
         seen = []
         handle = (

@@ -8,7 +8,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.families import FAMILIES
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import HIDDEN, find_sites
-from hf_prune.surgery.reconstruct import dense_targets
+from hf_prune.surgery.dense import dense_targets
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.width import _fit_channels, refit_width
 
