@@ -20,6 +20,7 @@ from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.dead import remove_dead_
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
+from hf_prune.training.polish import polish_
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
 
@@ -66,7 +67,11 @@ def _calibration(
 def _prune_weights(
     model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int, masks: Masks
 ) -> tuple[Plan, Masks, dict[str, Any]]:
+    steps = stage.single.polish_steps
+    before = copy.deepcopy(model) if steps else model
     result, entry = prune_stage_(model, stage, batches, seed)
+    if steps:
+        entry["polish"] = polish_(model, before, batches, steps=steps)
     masks = {**masks, **result.masks}
     dead = Plan(model.config.model_type)
     if stage.single.remove_dead and batches:

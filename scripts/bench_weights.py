@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_models import language_case, language_options, perplexity
+from bench_models import LanguageCase, language_case, language_options, perplexity
 from bench_rows import peak_bytes
 from torch import nn
+from transformers import PreTrainedModel
 
+from hf_prune.training.polish import polish_
 from hf_prune.weights.budgets import allot
 from hf_prune.weights.find import find_matrices
 from hf_prune.weights.patterns import parse_pattern
@@ -68,7 +70,8 @@ def prune_copy(
 @language_options
 @click.option("--levels", default=",".join(ORDER), show_default=True)
 @click.option("--methods", default="", help="Some of the methods, by name; default: all.")
-def language_model(out: Path, levels: str, methods: str, **about: Any) -> None:
+@click.option("--polish", default=0, show_default=True, help="Steps on norms alone, afterwards.")
+def language_model(out: Path, levels: str, methods: str, polish: int, **about: Any) -> None:
     """Perplexity of a causal language model on WikiText-2, calibrated on its valid split."""
     case, sequences = language_case(out, **about), about["sequences"]
     chosen = methods.split(";") if methods else list(METHODS)
@@ -80,3 +83,15 @@ def language_model(out: Path, levels: str, methods: str, **about: Any) -> None:
             model = case.model()
             row = prune_copy(model, case.calibration, level, {**METHODS[name], "rows": True}, ())
             case.rows.add(key, {"perplexity": perplexity(model, case.test), **row})
+            if polish:
+                add_polished(case, key, model, polish)
+
+
+def add_polished(case: LanguageCase, key: str, model: PreTrainedModel, steps: int) -> None:
+    """The row of a pruned model after a polish of its norms, one sequence a step."""
+    cpu = time.process_time()
+    single = [{n: t[i : i + 1] for n, t in b.items()} for b in case.calibration for i in range(4)]
+    found = polish_(model, case.model(), single, steps=steps)
+    seconds = time.process_time() - cpu
+    row = {"perplexity": perplexity(model, case.test), "cpu_seconds": seconds, **found}
+    case.rows.add(f"{key}, {steps} steps on norms", row)

@@ -167,6 +167,9 @@ class Weights(Model):
     """Penalty of `admm`, where every input has mean square one."""
     refit_steps: int = Field(default=10, ge=1)
     """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
+    polish_steps: int = Field(default=0, ge=0)
+    """Steps of Adam on norms and biases alone, after the walk, towards the dense network's output
+    distribution. Held-out examples say whether they are kept."""
 
 
 def _default_of(structure: str, **others: str) -> Callable[[dict[str, Any]], str]:

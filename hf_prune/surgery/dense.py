@@ -52,7 +52,7 @@ class DenseTargets:
     held_out: list[Tensor]
 
 
-def _held_out(model: PreTrainedModel, batch: Batch) -> Tensor:
+def held_out_examples(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Which examples of a batch judge the fits, `[B]`.
 
     Drawn from the content of each, so that it depends neither on its batch nor on its process.
@@ -85,5 +85,5 @@ def dense_targets(dense: PreTrainedModel, batches: Sequence[Batch]) -> DenseTarg
             held = sum(t.numel() * t.element_size() for t in kept)
             if held > MAX_STORED_BYTES:
                 stored = None
-    held_out = [_held_out(dense, batch) for batch in batches]
+    held_out = [held_out_examples(dense, batch) for batch in batches]
     return DenseTargets(dense, sites, batches, streams, stored, held_out)

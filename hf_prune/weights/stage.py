@@ -50,6 +50,7 @@ def needs_data(stage: Prune) -> bool:
         stage.criterion not in DATA_FREE
         or stage.reconstruct
         or stage.single.dense_target
+        or stage.single.polish_steps > 0
         or stage.solver in ("outliers", "knapsack")
     )
 

@@ -1,0 +1,146 @@
+"""Norms and biases alone, trained for a few steps towards the dense network's outputs.
+
+What is left to repair after a re-fit, at hardly any cost: no optimizer state of a matrix, no label,
+and no zero is touched. Examples that are held out say whether it is kept.
+
+Source: recovery through normalisation alone is that of Frankle et al. 2020, arXiv:2003.00152, who
+train nothing else; the target here is the dense network's distribution.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune.errors import DataError, NumericsError
+from hf_prune.statistics.batches import Batch, forward_kwargs, sequence_mask, to_device
+from hf_prune.statistics.streams import both_in_eval
+from hf_prune.surgery.dense import held_out_examples
+from hf_prune.training.losses import distillation_loss
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    output = model(**forward_kwargs(model, batch, labels=False))
+    logits = output.get("logits")
+    if logits is None:
+        raise DataError(f"{type(model).__name__} gives no logits: a polish needs a task head.")
+    assert isinstance(logits, Tensor)  # noqa: S101  # what a task head gives
+    return logits
+
+
+def _divergence(
+    model: PreTrainedModel, dense: PreTrainedModel, batch: Batch, chosen: Tensor
+) -> tuple[Tensor, int]:
+    """Mean divergence from the dense network over the chosen examples, and of how many rows."""
+    with torch.no_grad():
+        wanted = _logits(dense, to_device(batch, dense.device)).to(model.device)
+    batch = to_device(batch, model.device)
+    logits, chosen = _logits(model, batch), chosen.to(model.device)
+    if logits.ndim == 2:  # [B, C]
+        return distillation_loss(logits[chosen], wanted[chosen], 1.0), int(chosen.sum())
+    counted = sequence_mask(model, batch, "", logits) & chosen.unsqueeze(1)  # [B, T]
+    return distillation_loss(logits, wanted, 1.0, counted), int(counted.sum())
+
+
+def _over_processes(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if PartialState().num_processes == 1:
+        return value
+    total = reduce(value, reduction="sum")
+    assert isinstance(total, Tensor)  # noqa: S101  # a tensor in, a tensor out
+    return total
+
+
+@dataclass
+class _Polish:
+    """A pruned network beside the dense one, and which examples judge."""
+
+    model: PreTrainedModel
+    dense: PreTrainedModel
+    batches: Sequence[Batch]
+    held_out: Sequence[Tensor]
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Mean divergence on held-out examples; NaN, where there is none."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        for batch, judges in zip(self.batches, self.held_out, strict=True):
+            if bool(judges.any()):
+                loss, rows = _divergence(self.model, self.dense, batch, judges)
+                total += torch.tensor([float(loss) * rows, rows], device=total.device)
+        lost, rows = _over_processes(total).tolist()
+        return lost / rows if rows else math.nan
+
+    def train(self, vectors: Sequence[nn.Parameter], steps: int, learning_rate: float) -> None:
+        """Adam on the examples that do not judge, one batch a step."""
+        optimizer = torch.optim.Adam(vectors, lr=learning_rate)
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        for step in range(steps):
+            index = step % len(self.batches)
+            fitted = ~self.held_out[index]
+            loss, rows = _divergence(self.model, self.dense, self.batches[index], fitted)
+            if rows and not bool(torch.isfinite(loss)):
+                raise NumericsError(f"the loss of step {step} of a polish is not finite.")
+            gradients = torch.autograd.grad(loss * rows, vectors, allow_unused=True)
+            count = _over_processes(torch.tensor(float(rows), device=loss.device)).clamp(min=1)
+            for vector, gradient in zip(vectors, gradients, strict=True):
+                if gradient is not None:
+                    vector.grad = _over_processes(gradient) / count.to(gradient.dtype)
+            optimizer.step()
+            falling.step()
+        for vector in vectors:
+            vector.grad = None
+
+
+def polish_(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+) -> dict[str, float | bool]:
+    """Train norms and biases towards the dense network's distribution, in place.
+
+    Args:
+        model: pruned; run in eval mode and left in the mode it was in.
+        dense: what it was before.
+        batches: calibration batches; one batch a step, again and again. Labels are not used, and
+            padding is never counted.
+        steps: of Adam, its rate falling to zero.
+        learning_rate: at the start.
+
+    Returns:
+        `before` and `after`, the divergence in nats on held-out examples (about one in five), and
+        whether the result was `kept`: it is not, where held-out examples got worse, or none is.
+
+    Raises:
+        DataError: when there are no batches, or the model gives no logits.
+        NumericsError: when the loss is not finite; the model is as it was.
+    """
+    if not batches:
+        raise DataError("a polish needs calibration batches.")
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    old = [vector.detach().clone() for vector in vectors]
+    wanted = [vector.requires_grad for vector in vectors]
+    held_out = [held_out_examples(model, to_device(b, model.device)).cpu() for b in batches]
+    work, kept = _Polish(model, dense, batches, held_out), False
+    try:
+        with both_in_eval(model, dense), torch.enable_grad():
+            before = work.judge()
+            for vector in vectors:
+                vector.requires_grad_()
+            work.train(vectors, steps, learning_rate)
+            after = work.judge()
+        kept = after < before
+    finally:
+        for vector, value, grad in zip(vectors, old, wanted, strict=True):
+            vector.requires_grad_(grad)
+            if not kept:
+                vector.data.copy_(value)
+    return {"before": before, "after": after, "kept": kept}
