@@ -140,6 +140,57 @@ def analyze(
 
 
 @main.command()
+@click.argument("model_name_or_path")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--int8", is_flag=True, help="Also write a graph with int8 weights.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@_explained
+def export(model_name_or_path: str, out: Path, int8: bool, overwrite: bool) -> None:
+    """Write a model as a graph for ONNX Runtime, and check that it gives the same."""
+    from hf_prune.export import export_folder
+
+    off = export_folder(model_name_or_path, out, int8=int8, overwrite=overwrite)
+    click.echo(f"{out}: differs by {off:.1e} of the largest output")
+
+
+@main.command("prune-folder")
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("text", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--max-length", default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--progress", type=click.Path(path_type=Path), help="Folder of finished layers.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@_explained
+def prune_folder(
+    source: Path,
+    out: Path,
+    recipe: Path,
+    text: Path,
+    max_length: int,
+    progress: Path | None,
+    overwrite: bool,
+) -> None:
+    """Prune single weights of a model from disk to disk, one layer in memory at a time.
+
+    RECIPE has one stage of single weights. TEXT is cut into sequences that calibrate it. With
+    --progress an interrupted run goes on at the layer that it had reached.
+    """
+    from hf_prune.ondisk import prune_folder_with_text
+
+    figures = prune_folder_with_text(
+        source,
+        out,
+        recipe,
+        text,
+        max_length=max_length,
+        progress=progress,
+        overwrite=overwrite,
+    )
+    click.echo(json.dumps(figures, indent=1))
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make a new repository private.")

@@ -19,12 +19,18 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_prune.checkpoint.folder import staged_folder
 from hf_prune.checkpoint.manifest import MANIFEST, write_manifest
-from hf_prune.errors import CheckpointError, ConfigError, NumericsError, UnsupportedModelError
-from hf_prune.recipe import Prune
+from hf_prune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericsError,
+    UnsupportedModelError,
+)
+from hf_prune.recipe import Prune, load_recipe
 from hf_prune.sites import base_model, find_sites
 from hf_prune.statistics.batches import Batch, forward_kwargs, take, token_mask
 from hf_prune.statistics.streams import Stream, by_layer, recorded
@@ -270,6 +276,52 @@ def prune_folder(
         prune_layers(model, layers, matrices, streams, job, walk.around)
         _finish(source, folder, walk)
     return _figures(matrices, walk, job)
+
+
+def prune_folder_with_text(
+    source: Path,
+    out: Path,
+    recipe: Path,
+    text: Path,
+    *,
+    max_length: int = 512,
+    progress: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """`prune_folder` by a recipe, calibrated on a file of text.
+
+    Args:
+        source: as in `prune_folder`, with a tokenizer.
+        out: as in `prune_folder`.
+        recipe: file with exactly one stage, of single weights.
+        text: cut into sequences, of which the stage's `calibration_samples` are used at most.
+        max_length: tokens of a sequence.
+        progress: as in `prune_folder`.
+        overwrite: as in `prune_folder`.
+
+    Raises:
+        ConfigError: for a recipe of another kind.
+        DataError: when the text has no sequence of that length.
+    """
+    loaded = load_recipe(recipe)
+    if len(loaded.stages) != 1 or len(loaded.prune_stages) != 1:
+        raise ConfigError(f"{recipe}: from disk to disk, a recipe has one stage, of weights.")
+    stage = loaded.prune_stages[0]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    count = min(len(ids) // max_length, stage.calibration_samples)
+    if not count:
+        raise DataError(f"{text} has {len(ids)} tokens, less than one sequence of {max_length}.")
+    rows = ids[: count * max_length].view(count, max_length)  # [sequences, T]
+    return prune_folder(
+        source,
+        out,
+        stage,
+        [{"input_ids": part} for part in rows.split(4)],
+        progress=progress,
+        overwrite=overwrite,
+        seed=loaded.seed,
+    )
 
 
 def _begin(walk: _Walk, batches: Sequence[Batch], layers: Sequence[str]) -> list[Stream]:

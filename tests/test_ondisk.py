@@ -5,14 +5,18 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from words import word_tokenizer
 
 from hf_prune import ondisk, verify
 from hf_prune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_prune.ondisk import prune_folder
-from hf_prune.recipe import Prune
+from hf_prune.recipe import Prune, Recipe
 from hf_prune.weights import prune as room
 from hf_prune.weights.stage import prune_stage_
+from hf_prune_cli import main
 
 
 def stage(**fields):
@@ -136,3 +140,23 @@ def test_models_that_are_not_a_chain_of_layers(tiny, inputs_for, tmp_path):
     with pytest.raises(UnsupportedModelError):
         prune_folder(source, tmp_path / "out", stage(), [inputs_for("t5")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tiny, tmp_path):
+    """A recipe and a text; what is cut from it calibrates."""
+    source = saved(tiny("llama"), tmp_path / "dense")
+    words = [f"w{index}" for index in range(90)]
+    word_tokenizer(words).save_pretrained(source)
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    text.write_text(" ".join(words * 3), encoding="utf-8")
+    wanted = Recipe(stages=(stage(),)).to_yaml()
+    recipe.write_text(wanted, encoding="utf-8")
+    arguments = ["prune-folder", *map(str, (source, tmp_path / "out", recipe, text))]
+    result = CliRunner().invoke(main, [*arguments, "--max-length", "16"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["sparsity"] == pytest.approx(0.5, abs=0.01)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert float((loaded.model.layers[1].mlp.up_proj.weight == 0).float().mean()) == 0.5
+    result = CliRunner().invoke(main, [*arguments, "--max-length", "900", "--overwrite"])
+    assert result.exit_code == 1
+    assert "tokens, less than one sequence of 900" in result.output

@@ -38,6 +38,7 @@ def four_corners(
     batch_size: int = 32,
     sequence_length: int = 64,
     rounds: int = 15,
+    quantize: Callable[[PreTrainedModel], Any] = quantize_int8,
 ) -> dict[str, dict[str, Any]]:
     """Metric and latency of a model dense, pruned, in int8, and both; all in one run.
 
@@ -48,6 +49,8 @@ def four_corners(
         batch_size: sequences at once when time is measured.
         sequence_length: tokens of each.
         rounds: measured rounds, the four models in turn.
+        quantize: from a model to one that is called like it: torchao's int8 here, or
+            `hf_prune.export.onnx_int8`.
 
     Returns:
         For each corner `metric`, `median_ms` with quartiles, `ratio` of that to the dense model as
@@ -55,9 +58,9 @@ def four_corners(
         are not zero. What is slower in int8 on this machine is said to be slower.
 
     Raises:
-        ConfigError: when torchao is not installed.
+        ConfigError: when what `quantize` needs is not installed.
     """
-    made = (dense, pruned, quantize_int8(dense), quantize_int8(pruned))
+    made = (dense, pruned, quantize(dense), quantize(pruned))
     models = dict(zip(CORNERS, made, strict=True))
     times = compare_latency(
         models, batch_size=batch_size, sequence_length=sequence_length, rounds=rounds
