@@ -11,16 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.recipe import Floor, Prune
-from hf_prune.search import LevelSearch
+from hf_prune.recipe import Prune
+from hf_prune.search.experience import Case, Experience, case_of
+from hf_prune.search.floor import Point, Tried, by_bisection, by_optuna
+from hf_prune.search.levels import LevelSearch
 from hf_prune.sites import HIDDEN, Site, find_sites
 from hf_prune.statistics.batches import Batch, first_examples
-from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect
+from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect, sum_over_processes
 from hf_prune.statistics.score import score
 from hf_prune.surgery.dense import DenseTargets, dense_targets
 from hf_prune.surgery.reconstruct import refit_as_asked
@@ -169,15 +174,22 @@ def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
     return Pruned(model, decision, entry)
 
 
-def prune_once(analysis: Analysis, stage: Prune, metric: Metric | None = None) -> Pruned:
+def prune_once(
+    analysis: Analysis,
+    stage: Prune,
+    metric: Metric | None = None,
+    experience: Experience | None = None,
+) -> Pruned:
     """Carry out a stage on an analysed model.
 
     Args:
         analysis: from `analyse`, of this stage or of one that differs in its target only.
         stage: a structured one.
         metric: needed where the stage has a floor.
+        experience: of past searches above a floor; this one starts from it, and is added to it.
 
     Raises:
+        CheckpointError: when the store of experience cannot be used.
         ConfigError: when the stage has a floor and there is no metric.
     """
     start = time.perf_counter()
@@ -188,7 +200,7 @@ def prune_once(analysis: Analysis, stage: Prune, metric: Metric | None = None) -
                 "the stage has a floor: pass compress(..., metric=...), a function from a model to "
                 "a number, higher = better, on data that is neither calibrated nor reported on."
             )
-        return _above_floor(analysis, chooser, stage, stage.floor, metric)
+        return _above_floor(analysis, chooser, stage, metric, experience)
     decision = chooser.choose()
     seconds = {"solve": time.perf_counter() - start}
     trials: list[dict[str, float]] = []
@@ -220,32 +232,93 @@ def _search(
     return chooser.decision_of(found, decision) if found != start else decision, search.trials
 
 
+@dataclass
+class _FloorRun:
+    """A search for the smallest model above a floor, and the best that it has found."""
+
+    analysis: Analysis
+    chooser: Chooser
+    stage: Prune
+    metric: Metric
+    least: float
+    trials: list[dict[str, float]] = field(default_factory=list)
+    best: tuple[float, Pruned] | None = None
+    start: float = field(default_factory=time.monotonic)
+
+    def attempt(self, point: Point) -> Tried:
+        """Build and measure one model; the smallest good one is remembered."""
+        weights = point.weights(self.analysis.sites)
+        decision = self.chooser.choose(point.scale, weights)
+        pruned = carry_out(self.analysis, decision, self.stage)
+        value = _on_all_processes(self.metric(pruned.model))
+        outcome = decision.selection.outcomes[0]
+        removed = outcome.removed / max(outcome.total, 1)
+        tried = Tried(point, value, removed, value >= self.least)
+        self.trials.append(tried.to_dict())
+        logger.info("floor %.4f: %.4f with %.3f gone", self.least, value, removed)
+        if tried.good and (self.best is None or removed > self.best[0]):
+            self.best = removed, pruned
+        return tried
+
+    def late(self) -> bool:
+        """Whether the time is over, on any process."""
+        assert self.stage.floor is not None  # noqa: S101  # the run is for one
+        late = time.monotonic() - self.start > 60 * self.stage.floor.max_minutes
+        return _on_all_processes(float(late)) > 0
+
+
+def _on_all_processes(value: float) -> float:
+    """The mean over all processes: they must go the same way."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return value
+    total = sum_over_processes(torch.tensor(value, dtype=torch.float64, device=state.device))
+    return float(total) / int(state.num_processes)
+
+
 def _above_floor(
-    analysis: Analysis, chooser: Chooser, stage: Prune, floor: Floor, metric: Metric
+    analysis: Analysis,
+    chooser: Chooser,
+    stage: Prune,
+    metric: Metric,
+    experience: Experience | None,
 ) -> Pruned:
-    """The smallest model that keeps the metric, by bisection between nothing and all asked for."""
-    start = time.monotonic()
-    least = metric(analysis.dense) - floor.drop
+    """The smallest model that keeps the metric, between nothing and all that is asked for."""
+    floor = stage.floor
+    assert floor is not None  # noqa: S101  # asked for one
+    least = _on_all_processes(metric(analysis.dense)) - floor.drop
     if least != least:
         raise DataError("the metric of the dense model is not a number.")
-    trials: list[dict[str, float]] = []
-    best: Pruned | None = None
-    low, high, scale = 0.0, 1.0, 1.0
-    for _ in range(floor.trials):
-        pruned = carry_out(analysis, chooser.choose(scale), stage)
-        value = metric(pruned.model)
-        trials.append({"scale": scale, "metric": value})
-        logger.info("floor %.4f: %.4f at %.3f of what was asked", least, value, scale)
-        if value >= least:
-            low, best = scale, pruned
-        else:
-            high = scale
-        scale = (low + high) / 2
-        late = time.monotonic() - start > 60 * floor.max_minutes
-        if low == 1.0 or late:
-            break
-    if best is None:
+    case = case_of(
+        analysis.model.config.model_type,
+        analysis.sites,
+        chooser.rankings,
+        chooser.goals[0],
+        stage,
+    )
+    start = _expected(experience, case)
+    run = _FloorRun(analysis, chooser, stage, metric, least)
+    if floor.search == "optuna":
+        kinds = {site.kind for site in analysis.sites}
+        tilts = ("heads", "depth") if "heads" in kinds and len(kinds) > 1 else ("depth",)
+        by_optuna(run.attempt, floor, run.late, start, seed=analysis.seed, tilts=tilts)
+    else:
+        by_bisection(run.attempt, floor, run.late, start)
+    if run.best is None:
         logger.warning("no smaller model above the floor was found: nothing is removed.")
         best = carry_out(analysis, chooser.choose(0.0), stage)
-    best.entry["floor"] = {"least": least, "trials": trials}
+    else:
+        removed, best = run.best
+        if experience is not None and PartialState().is_main_process:
+            experience.add(case, removed=removed, trials=len(run.trials))
+    best.entry["floor"] = {"least": least, "trials": run.trials, "started_from": start}
     return best
+
+
+def _expected(experience: Experience | None, case: Case) -> float | None:
+    """Where the search is expected to end, read by the main process for all."""
+    if experience is None:
+        return None
+    found = [experience.start_for(case) if PartialState().is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]

@@ -14,6 +14,7 @@ from hf_prune.oneshot import Metric, analyse, prune_once
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
+from hf_prune.search.experience import Experience
 from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
@@ -112,6 +113,7 @@ def compress(
     calibration: Iterable[Batch] | None = None,
     *,
     metric: Metric | None = None,
+    experience: "str | os.PathLike[str] | None" = None,
 ) -> Result:
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
@@ -125,12 +127,15 @@ def compress(
             `labels`). Read once, up to the recipe's `calibration_samples`. Under several processes,
             each passes its own share.
         metric: from a model to a number, higher = better; for stages with a `floor`.
+        experience: a local file of past searches above a floor, made when it is not there. The
+            search starts where that of the most similar model of the same family ended.
 
     Returns:
         The smaller model, the plan in the numbering of the given model, and a report with exact
         counts before and after. `save_result` writes it, `push_to_hub` shares it.
 
     Raises:
+        CheckpointError: when the file of experience is torn, or is somebody else's.
         ConfigError: when the recipe is not valid.
         DataError: when calibration data is missing, too short, or out of range.
         NumericsError: when a weight, a statistic or a score is not finite.
@@ -139,12 +144,13 @@ def compress(
     recipe = _check(model, recipe)
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
+    store = None if experience is None else Experience(os.fspath(experience))
     pruned = copy.deepcopy(model)
     plan, masks = Plan(model.config.model_type), Masks()
     for index, stage in enumerate(recipe.prune_stages):
         if stage.structural:
             analysis = analyse(pruned if index else model, stage, batches, recipe.seed, dense=model)
-            done = prune_once(analysis, stage, metric)
+            done = prune_once(analysis, stage, metric, store)
             pruned, step, entry = done.model, done.decision.selection.plan, done.entry
         else:
             step, masks, entry = _prune_weights(pruned, stage, batches, recipe.seed, masks)

@@ -169,12 +169,20 @@ class Chooser:
             asked = max(0, total - _allowed_ns(target, self.table))
             self.goals.append(Goal(LATENCY, tables, total, asked))
 
-    def choose(self, scale: float = 1.0) -> Decision:
-        """The plan that removes `scale` of what the stage asks for."""
+    def choose(self, scale: float = 1.0, weights: Mapping[str, float] | None = None) -> Decision:
+        """The plan that removes `scale` of what the stage asks for.
+
+        Args:
+            scale: in [0, 1].
+            weights: by site, what its errors are multiplied by before they are compared.
+        """
         goals = [_scaled(goal, scale) for goal in self.goals]
+        weighed = dict(self.rankings)
+        for name, weight in (weights or {}).items():
+            weighed[name] = weighed[name].times(weight)
         if self.table is None:
-            return Decision(self._decide(goals))
-        return self._choose_timed(goals[:-1], goals[-1], self.table)
+            return Decision(self._decide(goals, weighed))
+        return self._choose_timed(goals[:-1], goals[-1], self.table, weighed)
 
     def counts_of(self, selection: Selection) -> dict[str, int]:
         """How many units of each site a selection keeps."""
@@ -200,15 +208,23 @@ class Chooser:
             for goal in self.goals
         ]
 
-    def _decide(self, goals: Sequence[Goal]) -> Selection:
+    def _decide(self, goals: Sequence[Goal], rankings: Mapping[str, Ranking]) -> Selection:
         model_type = self.model.config.model_type
-        return decide(self.sites, self.rankings, self.stage, goals, model_type=model_type)
+        found = decide(self.sites, rankings, self.stage, goals, model_type=model_type)
+        counts = self.counts_of(found)  # the error that is reported is not weighed
+        return selection_of(self.sites, self.rankings, counts, goals, model_type=model_type)
 
-    def _choose_timed(self, others: Sequence[Goal], goal: Goal, table: LatencyTable) -> Decision:
+    def _choose_timed(
+        self,
+        others: Sequence[Goal],
+        goal: Goal,
+        table: LatencyTable,
+        rankings: Mapping[str, Ranking],
+    ) -> Decision:
         moved = goal
         best: tuple[Selection, Timing] | None = None
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            selection = self._decide([*others, moved])
+            selection = self._decide([*others, moved], rankings)
             timing = self._timing(goal, self.counts_of(selection), table, attempt)
             wrong = timing.measured_ms / timing.asked_ms - 1
             if best is None or abs(wrong) < abs(best[1].measured_ms / best[1].asked_ms - 1):

@@ -92,6 +92,9 @@ class Arguments:
         default=False, metadata={"help": "Go on from the newest complete checkpoints."}
     )
     report_to: str = field(default="none", metadata={"help": "Tracker of the Trainer."})
+    experience: str | None = field(
+        default=None, metadata={"help": "Local file of past searches above a floor, to start from."}
+    )
     eval_batch_size: int = field(default=64, metadata={"help": "Examples at once, measuring."})
     latency_batch_size: int = field(default=32, metadata={"help": "Sequences at once, timing."})
     latency_tokens: int = field(default=64, metadata={"help": "Tokens of each, timing."})
@@ -352,7 +355,8 @@ class Job:
             return self.score(model)
 
         metric = score if stage.floor is not None else None
-        result = compress(self.model, one, self.calibration(samples), metric=metric)
+        batches, known = self.calibration(samples), self.arguments.experience
+        result = compress(self.model, one, batches, metric=metric, experience=known)
         self.model = result.model
         self.plan = self.plan.then(result.plan.moved(self.layers))
         self._note_layers(result.layers)

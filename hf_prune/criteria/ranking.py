@@ -1,6 +1,6 @@
 """A ranking: in which order the units of a site go, and what has been lost at each point."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,11 @@ class Ranking:
         """
         alone = cls.from_scores(pairs.diagonal().double().cpu())
         return cls(alone.order, alone.errors, pairs.double().cpu(), swaps=True)
+
+    def times(self, factor: float) -> "Ranking":
+        """The same order, with everything that is lost multiplied by a factor."""
+        pairs = None if self.pairs is None else self.pairs * factor
+        return replace(self, errors=self.errors * factor, pairs=pairs)
 
     def error_of(self, kept: int) -> float:
         """What is lost when `kept` units stay."""

@@ -136,6 +136,11 @@ class Floor(Model):
     """Models that are built and measured at most."""
     max_minutes: float = Field(default=30.0, gt=0)
     """Time after which the best model so far is taken."""
+    search: Literal["bisection", "optuna"] = "bisection"
+    """`bisection`: of how much goes; `optuna`: of how heads and neurons, and early and late layers
+    are weighed against each other, too (needs Optuna, and some dozens of trials)."""
+    precision: float = Field(default=0.005, gt=0, le=1)
+    """Bisection ends when the answer is known to this share of what is asked for."""
 
 
 _PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"

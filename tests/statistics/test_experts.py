@@ -3,8 +3,9 @@
 import pytest
 import torch
 from tinies import EXPERTS
+from transformers import AutoModelForCausalLM
 
-from hf_prune import compress
+from hf_prune import compress, save_result
 from hf_prune.criteria import CRITERIA, needs
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import load_recipe
@@ -136,3 +137,18 @@ def test_a_model_without_experts(tiny, inputs_for):
     stage = {"stage": "prune", "units": ["experts"], "sparsity": 0.5}
     with pytest.raises(ConfigError, match=r"no units of \['experts'\]"):
         compress(tiny("bert"), {"stages": [stage]}, [inputs_for("bert", s) for s in range(3)])
+
+
+@kinds
+def test_what_is_left_is_saved_drawn_and_loaded(tiny, inputs_for, tmp_path, kind):
+    model, batches = tiny("qwen3_moe"), [inputs_for("qwen3_moe", s) for s in range(3)]
+    stage = {"stage": "prune", "units": ["heads", kind], "sparsity": 0.3, "sequence_length": 8}
+    result = compress(model, {"stages": [stage]}, batches)
+    save_result(result, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    with torch.no_grad():
+        ours, theirs = (m.eval()(**batches[0]).logits for m in (loaded, result.model))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    (drawn,) = (tmp_path / "out").rglob("*.svg")
+    title = "Experts kept" if kind == "experts" else "Neurons of experts kept"
+    assert f"<!-- {title} -->" in drawn.read_text(encoding="utf-8")

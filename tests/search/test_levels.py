@@ -7,7 +7,7 @@ from hf_prune.budget.allocate import allocate
 from hf_prune.budget.costs import make_goal
 from hf_prune.budget.levels import stage_levels
 from hf_prune.recipe import load_recipe
-from hf_prune.search import LevelSearch
+from hf_prune.search.levels import LevelSearch
 from hf_prune.sites import find_sites
 from hf_prune.statistics.score import score
 
