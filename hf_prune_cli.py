@@ -109,6 +109,27 @@ def convert(source: Path, out: Path, overwrite: bool) -> None:
 
 
 @main.command()
+@click.argument("source")
+@click.argument("texts", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--at-least", default=1, show_default=True, help="Tokens that occur as often stay.")
+@click.option("--at-most", type=int, help="Of these only so many stay, the most frequent.")
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that exists.")
+@_explained
+def vocabulary(
+    source: str, texts: Path, out: Path, at_least: int, at_most: int | None, overwrite: bool
+) -> None:
+    """Remove from a model and its tokenizer the tokens that TEXTS, one a line, do not need."""
+    from hf_prune.checkpoint.vocabulary import prune_saved_vocabulary
+
+    _, found = prune_saved_vocabulary(
+        source, texts, out, at_least=at_least, at_most=at_most, overwrite=overwrite
+    )
+    for line in found:
+        click.echo(line)
+
+
+@main.command()
 @click.argument("model_name_or_path")
 @click.argument("text", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file to write.")

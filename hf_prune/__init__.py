@@ -21,6 +21,7 @@ from hf_prune.sites import find_sites
 from hf_prune.surgery.layers import shorten_layers_
 from hf_prune.surgery.reconstruct import reconstruct
 from hf_prune.surgery.remove import remove_units
+from hf_prune.surgery.vocabulary import prune_vocabulary
 from hf_prune.training.callback import PruneCallback
 from hf_prune.training.distill import DistillCallback
 from hf_prune.training.state import last_checkpoint
@@ -49,6 +50,7 @@ __all__ = [
     "load_recipe",
     "make_student",
     "prepare_trainer",
+    "prune_vocabulary",
     "push_to_hub",
     "reconstruct",
     "register_family",

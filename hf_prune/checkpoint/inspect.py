@@ -90,6 +90,20 @@ def inspect_model(source: "str | Path") -> Inspection:
     return Inspection(name, sites, count_parameters(pruned), count_parameters(dense))
 
 
+def load_saved(source: "str | Path") -> PreTrainedModel:
+    """A saved model, of the class that its config names.
+
+    Raises:
+        CheckpointError: when config or weights cannot be read.
+    """
+    cls = _class(_config(str(source)))
+    try:
+        model: PreTrainedModel = cls.from_pretrained(source)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{source} cannot be loaded: {error}") from error
+    return model
+
+
 def check_model(folder: "str | Path") -> list[str]:
     """Check a saved model in full: files, shapes, numbers, ties.
 
