@@ -10,7 +10,8 @@ from hf_prune.checkpoint.folder import check_output
 from hf_prune.checkpoint.inspect import load_saved
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import CheckpointError, NumericsError
-from hf_prune.measure.counts import count_parameters, example_batch
+from hf_prune.measure.counts import count_parameters
+from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.vocabulary import Vocabulary, choose_tokens, count_tokens, prune_vocabulary
 
 _PROBE = 16
