@@ -15,7 +15,7 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.search.experience import Experience
-from hf_prune.sites import find_sites
+from hf_prune.sites import HIDDEN, find_sites
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.dead import remove_dead_
@@ -107,6 +107,32 @@ def _start_report(
     return report
 
 
+def _all_stages(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    report: dict[str, Any],
+    search: tuple[Metric | None, Experience | None],
+) -> tuple[PreTrainedModel, Plan, Masks]:
+    """One stage after the other. Re-fits aim at the given model, as long as widths allow it."""
+    pruned = aim = model
+    plan, masks = Plan(model.config.model_type), Masks()
+    for stage in recipe.prune_stages:
+        if stage.structural:
+            narrows = HIDDEN in stage.units
+            goal = pruned if narrows else aim
+            analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal)
+            done = prune_once(analysis, stage, *search)
+            pruned, step, entry = done.model, done.decision.selection.plan, done.entry
+            aim = copy.deepcopy(pruned) if narrows else aim
+        else:
+            pruned = copy.deepcopy(model) if pruned is model else pruned
+            step, masks, entry = _prune_weights(pruned, stage, batches, recipe.seed, masks)
+        plan = plan.then(step)
+        report["pruning"].append(entry)
+    return pruned, plan, masks
+
+
 def compress(
     model: PreTrainedModel,
     recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
@@ -145,17 +171,7 @@ def compress(
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
     store = None if experience is None else Experience(os.fspath(experience))
-    pruned = copy.deepcopy(model)
-    plan, masks = Plan(model.config.model_type), Masks()
-    for index, stage in enumerate(recipe.prune_stages):
-        if stage.structural:
-            analysis = analyse(pruned if index else model, stage, batches, recipe.seed, dense=model)
-            done = prune_once(analysis, stage, metric, store)
-            pruned, step, entry = done.model, done.decision.selection.plan, done.entry
-        else:
-            step, masks, entry = _prune_weights(pruned, stage, batches, recipe.seed, masks)
-        plan = plan.then(step)
-        report["pruning"].append(entry)
+    pruned, plan, masks = _all_stages(model, recipe, batches, report, (metric, store))
     layers = shorten_layers_(pruned)
     masks = moved_parameters(pruned, masks, layers)
     if recipe.portable:

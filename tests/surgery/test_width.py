@@ -95,3 +95,24 @@ def test_a_criterion_of_one_projection_is_refused(tiny, inputs_for):
     stage = {"stage": "prune", "units": ["hidden"], "sparsity": 0.3, "criterion": "kfac_obs"}
     with pytest.raises(ConfigError, match=r"many read the hidden width\. Use fisher"):
         compress(tiny("bert"), {"stages": [stage]}, [inputs_for("bert")] * 3)
+
+
+@pytest.mark.parametrize("first", ["hidden", "heads"])
+def test_stages_before_and_after_it(first, tiny, inputs_for, logits):
+    """Each re-fit aims at something of its own width."""
+    model, batches = tiny("llama"), [inputs_for("llama", seed) for seed in range(5)]
+    stages = [
+        {"stage": "prune", "units": ["hidden"], "sparsity": 0.2},
+        {"stage": "prune", "units": ["query_heads", "neurons"], "sparsity": 0.3},
+    ]
+    order = stages if first == "hidden" else stages[::-1]
+    result = compress(model, {"stages": order}, batches)
+    assert all(entry["refitted"] for entry in result.report["pruning"])
+    plain = [{**stage, "reconstruct": False} for stage in order]
+    worse = compress(model, {"stages": plain}, batches)
+    other = inputs_for("llama", 99, (9, 6, 4, 7) * 8)
+    wanted = logits(model, other)
+    losses = [
+        float((logits(each.model, other) - wanted).square().mean()) for each in (result, worse)
+    ]
+    assert losses[0] < losses[1], losses
