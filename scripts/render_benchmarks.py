@@ -24,6 +24,9 @@ COLUMNS = (
     ("ratio", "ratio to the first", "{:.3f}"),
     ("median_ms", "median ms", "{:.1f}"),
     ("cpu_seconds", "CPU s", "{:.1f}"),
+    ("cpu_seconds_per_layer", "CPU s a layer", "{:.2f}"),
+    ("over_two_forward_passes", "over two forward passes", "{:.2f}"),
+    ("seconds_of_5000_samples", "CPU s of an epoch of 5,000", "{:.0f}"),
     ("peak_bytes", "peak bytes", "{:.2e}"),
 )
 """What a row may say, in this order: key, title, format."""
