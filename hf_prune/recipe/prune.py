@@ -250,8 +250,8 @@ class Prune(Model):
     """What a re-fit sees: what the pruned network really gives, so that it also repairs what
     earlier layers lost; or, all at once, the inputs in the network before this stage."""
     rescale: bool = False
-    """Fit one factor for each unit that stays and write it into its columns (arXiv:2204.09656):
-    before `reconstruct`, or instead of it. Held-out examples decide whether it is kept."""
+    """Fit one factor for each unit that stays (arXiv:2204.09656), written into its columns, and the
+    bias: before `reconstruct`, or instead of it. Held-out examples decide whether it is kept."""
     ridge: float = Field(default=1e-2, gt=0)
     """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal. Held-out
     examples choose between a tenth of it, itself and ten times it."""

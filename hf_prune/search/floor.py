@@ -15,6 +15,10 @@ from hf_prune.sites import Site
 
 logger = logging.getLogger(__name__)
 
+FIRST_STEP = 2.0
+"""Of a search that knows where to start, in units of its precision."""
+GROWTH = 3.0
+"""How much longer each further step away from there is."""
 LARGEST_TILT = 2.0
 """Errors are weighed by at most `exp` of this, in either direction."""
 
@@ -97,13 +101,13 @@ class _Bracket:
 
     def around(self, start: float) -> None:
         """Step away from where the answer is expected, in growing steps, until it is passed."""
-        step, scale = self.floor.precision, min(max(start, 0.0), 1.0)
+        step, scale = FIRST_STEP * self.floor.precision, min(max(start, 0.0), 1.0)
         up = self.try_(scale)
         while not self.over():
             scale = min(scale + step, 1.0) if up else max(scale - step, 0.0)
             if scale <= 0 or self.try_(scale) != up:
                 return
-            step *= 2
+            step *= GROWTH
 
 
 def by_bisection(

@@ -117,6 +117,7 @@ class _Pass:
     seen: _Seen = field(default_factory=_Seen)
     sums: _Sums = field(default_factory=_Sums)
     fused: dict[str, Tensor] = field(default_factory=dict)
+    frozen: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         base = base_model(self.model)
@@ -130,12 +131,17 @@ class _Pass:
         if "weight_grad_square" in self.names:
             fused = [site for site in self.sites if site.kind in EXPERT_KINDS]
             self.fused = {site.name: get_parameter(base, site.gate) for site in fused}
+            self.frozen = [p for p in self.fused.values() if not p.requires_grad]
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
 
     def close(self) -> None:
         """Take all hooks away."""
         self.gates.remove()
         for handle in self.seen.handles:
             handle.remove()
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
 
     def add(self, batch: Batch) -> None:
         """Run one batch and add what it says."""

@@ -144,29 +144,29 @@ def rescaled(
 ) -> tuple[Tensor, Tensor | None]:
     """The weights with one factor for each unit's columns, those that fit the targets best.
 
-    Minimises `sum ||W diag(s) x + b - t||^2 + lam ||s - 1||^2` over one `s` for each unit, with
-    `lam = ridge * mean(diag M)` for the Gram matrix `M` of what the units give. In float64.
+    Minimises `sum ||W diag(s) x + b - t||^2 + lam ||s - 1||^2` over one `s` for each unit, with `b`
+    free where there is one, and `lam = ridge * mean(diag M)` for the (centred) Gram matrix `M` of
+    what the units give. In float64.
 
     Args:
         moments: of all tokens.
         weight: `[outputs, U * D]`.
-        bias: `[outputs]`, or None; it stays what it is.
+        bias: `[outputs]`, or None: then nothing is centred.
         ridge: pull towards 1.
         width: `D`, columns that one unit owns.
 
     Returns:
-        New weight, in the dtype of the old one, and the bias.
+        New weight and bias, in the dtype of the old ones.
 
     Raises:
         NumericsError: when inputs or targets were not finite.
 
     Source: the mask tuning of Kwon et al. 2022, arXiv:2204.09656, with a ridge towards 1 in the
-        place of their damped solver, and of a clip.
+        place of their damped solver and clip, and with the bias fitted, too: what is lost on
+        average is no matter of scales.
     """
-    gram, cross, mean_x, _ = means(moments, centred=False)
+    gram, cross, mean_x, mean_t = means(moments, centred=bias is not None)
     old = weight.double()
-    if bias is not None:
-        cross = cross - torch.outer(bias.double(), mean_x)
     units = old.shape[1] // width
     products = (old.T @ old) * gram  # [U * D, U * D]
     matrix = products.view(units, width, units, width).sum(dim=(1, 3))  # [U, U]
@@ -175,7 +175,9 @@ def rescaled(
     scales = torch.cholesky_solve((right + damping).unsqueeze(1), factor).squeeze(1)
     if not torch.isfinite(scales).all():
         raise NumericsError("the targets of an output projection are not finite.")
-    return (old * scales.repeat_interleave(width)).to(weight.dtype), bias
+    new = old * scales.repeat_interleave(width)
+    new_bias = None if bias is None else (mean_t - new @ mean_x).to(bias.dtype)
+    return new.to(weight.dtype), new_bias
 
 
 Solve = Callable[[Moments, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]

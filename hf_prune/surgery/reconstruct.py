@@ -319,8 +319,10 @@ def refit_as_asked(
         plan: by which the model was pruned.
 
     Returns:
-        The names of the sites that were re-fitted, in order.
+        The names of the sites that were re-fitted, in order; none, where the stage wants no re-fit.
     """
+    if not (stage.reconstruct or stage.rescale):
+        return []
     return refit(
         model,
         targets,

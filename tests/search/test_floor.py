@@ -51,7 +51,7 @@ def test_a_good_start_saves_trials(answer):
     floor = Floor(drop=0.1, trials=60)
     cold = searched(by_bisection, floor, answer)
     assert len(cold) == 1 + math.ceil(math.log2(1 / floor.precision))
-    assert len(searched(by_bisection, floor, answer, start=answer)) == 2
+    assert len(searched(by_bisection, floor, answer, start=answer)) == 3
     assert len(searched(by_bisection, floor, answer, start=answer + 0.02)) < len(cold)
     assert len(searched(by_bisection, floor, answer, start=answer - 0.02)) < len(cold)
 

@@ -73,6 +73,9 @@ def test_squared_gradients_of_fused_parameters(tiny, inputs_for, kind):
     model, batch = tiny("mixtral"), inputs_for("mixtral", seed=1)
     sites = find_sites(model, [kind, "heads"])
     found = collect(model, sites, [batch], ["weight_grad_square"])
+    frozen = tiny("mixtral").requires_grad_(False)
+    again = collect(frozen, sites, [batch], ["weight_grad_square"])
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
     (site,) = [s for s in sites if s.kind == kind and s.layer == 1]
     parameter = get_parameter(base_model(model), site.gate)
     total = torch.zeros_like(parameter)
@@ -86,6 +89,8 @@ def test_squared_gradients_of_fused_parameters(tiny, inputs_for, kind):
     torch.testing.assert_close(
         found[site.name]["weight_grad_square"].float(), expected, rtol=1e-3, atol=1e-9
     )
+    for name, values in found.items():
+        torch.testing.assert_close(again[name], values)
 
 
 @kinds

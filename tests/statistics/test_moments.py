@@ -181,18 +181,26 @@ def test_factors_of_units_are_a_least_squares_solution(bias, width, ridge):
         ],
         dim=-1,
     )
-    matrix = gives.flatten(0, 1)
-    right = (t - (offset if bias else 0)).flatten()
-    pull = (ridge * matrix.square().sum(dim=0).mean()).sqrt()
+    matrix, right = gives.flatten(0, 1), t.flatten()
+    centred = gives - gives.mean(dim=0) if bias else gives
+    pull = (ridge * centred.square().sum(dim=(0, 1)).mean()).sqrt()
     matrix = torch.cat([matrix, pull * torch.eye(units, dtype=torch.float64)])
+    if bias:  # one column for each output, which nothing pulls
+        ones = torch.eye(outputs, dtype=torch.float64).repeat(tokens, 1)
+        none = torch.zeros(units, outputs, dtype=torch.float64)
+        matrix = torch.cat([matrix, torch.cat([ones, none])], dim=1)
     right = torch.cat([right, pull * torch.ones(units, dtype=torch.float64)])
-    expected = torch.linalg.lstsq(matrix, right.unsqueeze(1)).solution.squeeze(1)
-    found, same = rescaled(moments_of(x, t), weight, offset, ridge, width=width)
+    solution = torch.linalg.lstsq(matrix, right.unsqueeze(1)).solution.squeeze(1)
+    expected, new_offset = solution[:units], solution[units:]
+    found, found_offset = rescaled(moments_of(x, t), weight, offset, ridge, width=width)
     scales = found.view(outputs, units, width) / weight.view(outputs, units, width)
     torch.testing.assert_close(
         scales, expected.view(1, units, 1).expand_as(scales), rtol=1e-4, atol=1e-5
     )
-    assert same is offset
+    if bias:
+        torch.testing.assert_close(found_offset, new_offset, rtol=1e-4, atol=1e-5)
+    else:
+        assert found_offset is None
 
 
 def test_factors_that_held_out_tokens_do_not_confirm_are_not_kept():
