@@ -5,7 +5,7 @@ Importing this package registers the loader of pruned models with transformers, 
 
 from hf_prune.analysis import analyse_sensitivity
 from hf_prune.checkpoint.bitmask import register_bitmask
-from hf_prune.checkpoint.hook import register
+from hf_prune.checkpoint.hook import HfPruneConfig, register
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import HfPruneError
@@ -32,6 +32,7 @@ from hf_prune.training.zeros import KeepZeros
 
 __all__ = [
     "DistillCallback",
+    "HfPruneConfig",
     "HfPruneError",
     "KeepZeros",
     "Plan",

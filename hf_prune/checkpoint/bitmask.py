@@ -89,6 +89,10 @@ class Unpack(ConversionOps):
             parts[end] = tensors[0] if isinstance(tensors, list) else tensors
         if set(parts) != {VALUES, MASK}:
             raise CheckpointError(f"{full_layer_name} has only {', '.join(sorted(parts))}.")
+        if parts[
+            MASK
+        ].is_floating_point():  # cast with all else, where a model is quantized on load
+            parts[MASK] = parts[MASK].to(torch.uint8)
         parameter = model.get_parameter(full_layer_name)
         dense = unpack(parts[VALUES], parts[MASK], tuple(parameter.shape), full_layer_name)
         return {full_layer_name: [dense.to(parameter.dtype)]}

@@ -13,16 +13,25 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.quantizers import auto
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_prune.surgery.rebuild import QUANT_METHOD, TABLES, apply_shapes_, check_shapes
+from hf_prune.errors import CheckpointError
+from hf_prune.surgery.rebuild import (
+    QUANT_METHOD,
+    SHAPES_VERSION,
+    TABLES,
+    apply_shapes_,
+    check_shapes,
+)
 
 CONVERSIONS: list[Callable[[], Any]] = []
 """Makers of weight conversions: how weights that are not stored as they are get read."""
@@ -31,13 +40,24 @@ CONVERSIONS: list[Callable[[], Any]] = []
 class HfPruneConfig(QuantizationConfigMixin):
     """The `quantization_config` of a pruned model: absolute sizes by module path.
 
+    To quantize a pruned model while it is loaded, pass one with another configuration in it:
+    `from_pretrained(folder, quantization_config=HfPruneConfig(inner=TorchAoConfig(...)))`. The
+    model is quantized then, and cannot be saved: keep the folder.
+
     Raises:
         CheckpointError: when it is of another version, or a value is not a positive integer.
     """
 
-    def __init__(self, version: Any = None, **kwargs: Any) -> None:
+    inner: QuantizationConfigMixin | None = None
+    """How to quantize, after the model was narrowed. Never read from a file."""
+
+    def __init__(self, version: Any = None, inner: Any = None, **kwargs: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own
-        self.version = version
+        self.version = SHAPES_VERSION if version is None and inner is not None else version
+        if inner is not None and not isinstance(inner, QuantizationConfigMixin):
+            raise CheckpointError(f"inner is a {type(inner).__name__}, and no quantization config.")
+        if inner is not None:
+            self.inner = inner
         for table in ("modules", "attributes"):
             kwargs[table] = {} if kwargs.get(table) is None else kwargs[table]
         for table in TABLES:
@@ -47,13 +67,45 @@ class HfPruneConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain data. Its tables are shared: copying them would slow loading."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "inner"}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What is taken from one that is passed to `from_pretrained`."""
+        return {} if self.inner is None else {"inner": self.inner}
+
+
+class _Narrowing:
+    """What a quantizer becomes that has to narrow a model first."""
+
+    shapes: dict[str, Any]
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        apply_shapes_(model, self.shapes)
+        super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]  # of the quantizer
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The quantizer's own, and ours."""
+        return super().update_weight_conversions(weight_conversions, model) + _conversions()  # type: ignore[misc,no-any-return]  # as above
+
+    def is_serializable(self) -> bool:
+        """No: its config would say how it is quantized, and no more how it was pruned."""
+        return False
 
 
 class HfPruneQuantizer(HfQuantizer):
     """Narrows the freshly built model; leaves an ordinary model behind."""
 
     requires_calibration = True
+
+    def __new__(cls, quantization_config: HfPruneConfig, **kwargs: Any) -> Any:
+        """Itself; or the quantizer that is asked for, made to narrow the model first."""
+        if quantization_config.inner is None:
+            return super().__new__(cls)
+        plain = AutoHfQuantizer.from_config(quantization_config.inner, pre_quantized=False)
+        made: Any = type(f"Narrowing{type(plain).__name__}", (_Narrowing, type(plain)), {})
+        quantizer = made(plain.quantization_config, pre_quantized=False)
+        quantizer.shapes = quantization_config.to_dict()
+        return quantizer
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         apply_shapes_(model, self.quantization_config.to_dict())
@@ -82,11 +134,7 @@ class HfPruneQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """How weights are read that lie in the checkpoint in another form."""
-        conversions = [make() for make in CONVERSIONS]
-        for conversion in conversions:
-            for operation in conversion.operations:
-                operation.of_hf_prune = True
-        return conversions
+        return _conversions()
 
     def update_parallel_plan(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: narrowed modules keep the names that a plan of parallel layers speaks of."""
@@ -111,6 +159,14 @@ class HfPruneQuantizer(HfQuantizer):
         return True
 
 
+def _conversions() -> list[Any]:
+    conversions = [make() for make in CONVERSIONS]
+    for conversion in conversions:
+        for operation in conversion.operations:
+            operation.of_hf_prune = True
+    return conversions
+
+
 def _forget_conversions(model: PreTrainedModel) -> None:
     """Let the model be saved again as it is: transformers would undo what it did while loading."""
     known = getattr(model, "_weight_conversions", None)
@@ -128,3 +184,5 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(HfPruneConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(HfPruneQuantizer)
+        # the list of configurations that take `get_loading_attributes` of one that is passed
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (HfPruneConfig,)  # type: ignore[assignment]  # of any length

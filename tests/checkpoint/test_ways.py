@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from transformers import (
     pipeline,
 )
 
+from hf_prune.checkpoint.hook import HfPruneConfig
+from hf_prune.checkpoint.save import save_model
+from hf_prune.errors import CheckpointError
 from hf_prune.surgery.remove import remove_units
 
 
@@ -79,6 +83,62 @@ def test_int8_on_top(name, loaded, inputs_for, logits):
     quantize_(model, Int8WeightOnlyConfig())
     found = logits(model, batch)
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@needs("torchao")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of torchao's own
+@pytest.mark.parametrize("storage", ["dense", "bitmask"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_int8_on_load(name, storage, loaded, inputs_for, logits, tmp_path):
+    """Narrowed, then quantized while it is read: as if it had been loaded and then quantized."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.utils import TorchAOBaseTensor
+    from transformers import TorchAoConfig
+
+    plain, batch = loaded(name), inputs_for(name)
+    with torch.no_grad():
+        for module in plain.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight[:, ::2] = 0
+    folder = tmp_path / storage
+    save_model(plain, folder, storage=storage)
+    settings = HfPruneConfig(inner=TorchAoConfig(Int8WeightOnlyConfig()))
+    model = auto_class(name).from_pretrained(folder, quantization_config=settings).eval()
+    small = {n for n, p in model.named_parameters() if isinstance(p, TorchAOBaseTensor)}
+    assert len(small) >= 10
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in plain.named_parameters()
+    }
+    quantize_(plain, Int8WeightOnlyConfig(), filter_fn=lambda module, n: f"{n}.weight" in small)
+    torch.testing.assert_close(logits(model, batch), logits(plain, batch), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "int8")
+
+
+@needs("torchao")
+@pytest.mark.filterwarnings("default")  # of torchao's own
+def test_int8_on_load_of_a_dense_model(tiny, tmp_path):
+    """Where there is nothing to narrow, the configuration within is all there is."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.utils import TorchAOBaseTensor
+    from transformers import TorchAoConfig
+
+    tiny("bert").save_pretrained(tmp_path)
+    settings = HfPruneConfig(inner=TorchAoConfig(Int8WeightOnlyConfig()))
+    model = auto_class("bert").from_pretrained(tmp_path, quantization_config=settings)
+    query = model.bert.encoder.layer[0].attention.self.query.weight
+    assert isinstance(query, TorchAOBaseTensor)
+
+
+def test_what_to_quantize_by_is_not_read_from_a_file(loaded, tmp_path):
+    loaded("bert")
+    path = tmp_path / "pruned" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["inner"] = {"quant_method": "torchao"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="inner is a dict, and no quantization config"):
+        auto_class("bert").from_pretrained(tmp_path / "pruned")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from hf_prune.checkpoint.hook import QUANT_METHOD
 from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.surgery.remove import remove_units
+from hf_prune.surgery.shapes import Changes, record_shapes_
 from hf_prune.surgery.vocabulary import (
     choose_tokens,
     count_tokens,
@@ -77,6 +78,16 @@ def test_of_a_pruned_model(name, tiny, inputs_for, uneven_plan, tmp_path):
     remove_units(model, uneven_plan(model))
     check(model, batch)
     assert model.config.quantization_config["quant_method"] == QUANT_METHOD
+    check_loaded(model, batch, tmp_path)
+
+
+def test_a_description_that_speaks_of_the_vocabulary_follows(tiny, inputs_for, tmp_path):
+    model, batch = tiny("llama"), inputs_for("llama")
+    record_shapes_(model, Changes({"/lm_head"}, parameters={"embed_tokens.weight"}))
+    check(model, batch)
+    shapes = model.config.quantization_config
+    assert shapes["modules"] == {"/lm_head": {"out": len(KEPT), "in": 32}}
+    assert shapes["parameters"] == {"embed_tokens.weight": [len(KEPT), 32]}
     check_loaded(model, batch, tmp_path)
 
 
