@@ -5,33 +5,48 @@ is measured in the same run, and so is the latency of every result, in turn with
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from bench_rows import Rows
 from job import Arguments, Job
-from packaged import packaged_model, rotten_tomatoes
+from packaged import packaged_model, reuters_r8, rotten_tomatoes
 
 from hf_prune import Recipe
 from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Schedule, Student, Train
-from hf_prune.report.result import environment, measure_stage
+from hf_prune.report.result import measure_stage
 
 METHODS = ("one_shot", "gradual", "movement", "l0")
 SIZES = {"layers": 3, "hidden": 192, "heads": 6, "neurons": 768}
 """Of the student: half the depth and half the width of MiniLM-L6."""
+STUDENTS = (
+    ("teacher", True),
+    ("normal", True),
+    ("xavier", True),
+    ("teacher", False),
+    ("normal", False),
+)
+"""How a student starts, and whether it is taught."""
+TOKENS = {"rotten-tomatoes": 64, "reuters-r8": 96}
+"""Of each text, at most."""
 
 
-def _fine_tuned(model: str | None, samples: int, tested: int, seed: int) -> Job:
-    arguments = Arguments(max_train_samples=samples, max_eval_samples=tested, max_length=64)
+def _fine_tuned(model: str | None, data: str, samples: int, tested: int, seed: int) -> Job:
+    """The dense model: the one that is given, or the packaged one after an epoch."""
+    arguments = Arguments(
+        max_train_samples=samples, max_eval_samples=tested, max_length=TOKENS[data]
+    )
     first = Train(num_train_epochs=1.0, learning_rate=1e-4, warmup_steps=20)
     recipe = Recipe(seed=seed, stages=(first,))
-    job = Job(arguments, recipe, model or packaged_model(), rotten_tomatoes(seed))
-    job.train(first, None, 0)
+    rows = rotten_tomatoes(seed) if data == "rotten-tomatoes" else reuters_r8()
+    job = Job(arguments, recipe, model or packaged_model(), rows)
+    if model is None:
+        job.train(first, None, 0)
     job.dense = job.model.eval()
     return job
 
@@ -50,8 +65,15 @@ def _prune(method: str, sparsity: float, length: int) -> Prune:
     if method == "one_shot":
         return Prune(**common)
     common["masks"] = {"gradual": "scored", "movement": "movement", "l0": "l0"}[method]
-    schedule = Schedule(every=1 if method == "l0" else 10, end=0.6)
-    return Prune(**common, criterion="taylor", solver="global", schedule=schedule)
+    schedule = Schedule(every=1 if method == "l0" else 5, end=0.6)
+    rate = 0.3 if method == "l0" else 0.1
+    return Prune(
+        **common,
+        criterion="taylor",
+        solver="global",
+        schedule=schedule,
+        mask_learning_rate=rate,
+    )
 
 
 def _recovery(job: Job, epochs: float, *, taught: bool) -> Train:
@@ -59,24 +81,32 @@ def _recovery(job: Job, epochs: float, *, taught: bool) -> Train:
     return Distill(**fields, temperature=2.0, alpha=0.9) if taught else Train(**fields)
 
 
-def _figures(job: Job, length: int, rounds: int) -> dict[str, Any]:
+def _figures(job: Job, rows: Rows, name: str) -> None:
+    """Measure the model of a job beside the dense one, and write the row."""
     assert job.dense is not None  # noqa: S101  # set when it was fine-tuned
+    length = job.arguments.max_length
     models = {"dense": job.dense, "this": job.model}
-    times = compare_latency(models, batch_size=32, sequence_length=length, rounds=rounds)
-    counts = measure_stage(job.model, length)
-    return {
-        "accuracy": job.score(job.model),
+    times = compare_latency(models, batch_size=32, sequence_length=length, rounds=5)
+    counts, before = measure_stage(job.model, length), measure_stage(job.dense, length)
+    found = job.score(job.model)
+    dense = rows.data["rows"].get(f"{name.split()[0]} dense", {"accuracy": found})["accuracy"]
+    row = {
+        "accuracy": found,
+        "kept_of_dense": found / dense,
+        "encoder_removed": 1 - counts["encoder_parameters"] / before["encoder_parameters"],
         "parameters": counts["parameters"],
-        "encoder_parameters": counts["encoder_parameters"],
         "macs": counts["macs"],
         "latency_ms": times["this"].median_ms,
-        "speedup": times["dense"].median_ms / times["this"].median_ms,
+        "speedup": 1 / times["this"].ratio,
+        "train_examples": len(job.data["train"]),
+        "test_examples": len(job.data["test"]),
     }
+    rows.add(name, row)
 
 
 def _method(job: Job, method: str, sparsity: float, epochs: float, *, taught: bool) -> Job:
     run = _variant(job)
-    stage = _prune(method, sparsity, 64)
+    stage = _prune(method, sparsity, job.arguments.max_length)
     recovery = _recovery(run, epochs, taught=taught)
     if method == "one_shot":
         run.prune(stage)
@@ -103,20 +133,14 @@ def _student(job: Job, init: str, epochs: float, *, taught: bool) -> Job:
     return run
 
 
-def _write(out: str, report: dict[str, Any]) -> None:
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"environment": environment(), **report}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-
-
 _options = (
-    click.argument("out"),
-    click.option("--model", default=None, help="Folder of the model; default: the packaged one."),
+    click.argument("out", type=click.Path(path_type=Path, dir_okay=False)),
+    click.option("--model", default=None, help="A fine-tuned classifier; default: made anew."),
+    click.option("--data", type=click.Choice(sorted(TOKENS)), default="rotten-tomatoes"),
     click.option("--samples", default=2000, show_default=True, help="Examples to learn from."),
     click.option("--epochs", default=1.0, show_default=True, help="Of every recovery."),
     click.option("--test-samples", default=0, show_default=True, help="To measure on; 0 = all."),
-    click.option("--seeds", default=1, show_default=True, help="How often all of it is done."),
+    click.option("--seed", default=0, show_default=True, help="Of everything random."),
 )
 
 
@@ -126,55 +150,44 @@ def _with_options(function: Any) -> Any:
     return function
 
 
+def _start(
+    out: Path, model: str | None, data: str, samples: int, test_samples: int, seed: int
+) -> tuple[Rows, Job, str]:
+    """The rows so far, the dense job, and what names of rows begin with."""
+    torch.set_num_threads(1)
+    rows, job = Rows(out), _fine_tuned(model, data, samples, test_samples, seed)
+    title = f"{data}:{seed}"
+    if f"{title} dense" not in rows:
+        _figures(_variant(job), rows, f"{title} dense")
+    return rows, job, title
+
+
 @click.command(help=__doc__)
 @_with_options
 @click.option("--sparsity", multiple=True, type=float, default=(0.5, 0.75), show_default=True)
+@click.option(
+    "--method", multiple=True, type=click.Choice(METHODS), default=METHODS, show_default=True
+)
 def methods(
-    out: str,
-    model: str | None,
-    samples: int,
-    epochs: float,
-    test_samples: int,
-    seeds: int,
-    sparsity: Sequence[float],
+    out: Path, epochs: float, sparsity: Sequence[float], method: Sequence[str], **how: Any
 ) -> None:
     """One-shot, gradual, movement and L0, each with and without a teacher."""
-    rows = []
-    for seed in range(seeds):
-        job = _fine_tuned(model, samples, test_samples, seed)
-        dense = _figures(job, 64, 5)
-        rows.append({"seed": seed, "method": "dense", **dense})
-        for fraction in sparsity:
-            for method in METHODS:
-                for taught in (False, True):
-                    run = _method(job, method, fraction, epochs, taught=taught)
-                    found = _figures(run, 64, 5)
-                    kept = {"accuracy_kept": found["accuracy"] / dense["accuracy"]}
-                    what = {"seed": seed, "method": method, "sparsity": fraction, "taught": taught}
-                    rows.append({**what, **found, **kept})
-                    _write(out, {"samples": samples, "epochs": epochs, "rows": rows})
-                    click.echo(json.dumps(rows[-1]))
+    rows, job, title = _start(out, **how)
+    for fraction in sparsity:
+        for name in method:
+            for taught in (True, False):
+                key = f"{title} {name} {fraction:g}{' taught' if taught else ''}"
+                if key not in rows:
+                    _figures(_method(job, name, fraction, epochs, taught=taught), rows, key)
 
 
 @click.command(help=__doc__)
 @_with_options
-def students(
-    out: str, model: str | None, samples: int, epochs: float, test_samples: int, seeds: int
-) -> None:
+def students(out: Path, epochs: float, seed: int, **how: Any) -> None:
     """A TinyBERT-style student by its start, and without a teacher; equal steps."""
-    rows = []
-    for seed in range(seeds):
-        job = _fine_tuned(model, samples, test_samples, seed)
-        rows.append({"seed": seed, "student": "dense", **_figures(job, 64, 5)})
-        for init, taught in (
-            ("teacher", True),
-            ("normal", True),
-            ("xavier", True),
-            ("teacher", False),
-            ("normal", False),
-        ):
+    rows, job, title = _start(out, seed=seed, **how)
+    for init, taught in STUDENTS:
+        key = f"{title} student from {init}{' taught' if taught else ''}"
+        if key not in rows:
             torch.manual_seed(seed)
-            run = _student(job, init, epochs, taught=taught)
-            rows.append({"seed": seed, "student": init, "taught": taught, **_figures(run, 64, 5)})
-            _write(out, {"samples": samples, "epochs": epochs, "sizes": SIZES, "rows": rows})
-            click.echo(json.dumps(rows[-1]))
+            _figures(_student(job, init, epochs, taught=taught), rows, key)

@@ -7,7 +7,9 @@ python scripts/benchmark.py structured-lm runs/structured_lm.json --model DIR --
 python scripts/benchmark.py structured-latency runs/structured_latency.json --model DIR
 python scripts/benchmark.py structured-cost runs/structured_cost.json --model DIR
 python scripts/benchmark.py training-methods runs/training_methods.json
+python scripts/benchmark.py training-resume runs/training_resume.json
 python scripts/benchmark.py training-students runs/training_students.json
+python scripts/benchmark.py training-wnut17 runs/wnut17.json --data DIR
 python scripts/benchmark.py weights-lm runs/benchmark_weights_lm.json --model DIR --text DIR
 python scripts/benchmark.py weights-text runs/weights_text.json --model DIR --data NAME
 python scripts/benchmark.py weights-layers runs/weights_layers.json --model DIR --text DIR
@@ -16,12 +18,14 @@ python scripts/benchmark.py weights-digits runs/weights_digits.json
 """
 
 import bench_loading
+import bench_resume
 import bench_step
 import bench_structured
 import bench_training
 import bench_weights
 import bench_weights_cost
 import bench_weights_text
+import bench_words
 import click
 
 COMMANDS = {
@@ -32,7 +36,9 @@ COMMANDS = {
     "structured-latency": bench_structured.latency,
     "structured-cost": bench_structured.cost,
     "training-methods": bench_training.methods,
+    "training-resume": bench_resume.command,
     "training-students": bench_training.students,
+    "training-wnut17": bench_words.command,
     "weights-lm": bench_weights.language_model,
     "weights-text": bench_weights_text.text,
     "weights-digits": bench_weights_text.digits,

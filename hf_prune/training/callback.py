@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -22,7 +23,13 @@ from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.rewind import PREFIX, restore_, snapshot
 from hf_prune.training.schedule import bounds, is_due, share
 from hf_prune.training.sharded import refuse_sharded
-from hf_prune.training.state import checkpoint_of, read_state, write_state
+from hf_prune.training.state import (
+    checkpoint_of,
+    note_part,
+    parts_of,
+    read_state,
+    write_state,
+)
 from hf_prune.training.structure import (
     StructuredPruning,
     selection_from_dict,
@@ -149,6 +156,7 @@ class PruneCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach gates, all open, or as they were when training was broken off."""
         _check_arguments(args, self.stage)
+        note_part(state, self.part)
         self._start(kwargs["model"])
         if state.global_step > 0:
             self._resume(checkpoint_of(args, state, self.resume_from), state.max_steps)
@@ -192,9 +200,10 @@ class PruneCallback(TrainerCallback):
             state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what is known beside the checkpoint."""
+        """Keep what is known beside the checkpoint, once all processes have written theirs."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            self._save(checkpoint_of(args, state, None), state.max_steps)
+            self._save(checkpoint_of(args, state, None), state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a signal, end here: the checkpoint is written, and nothing is removed."""
@@ -300,18 +309,18 @@ class PruneCallback(TrainerCallback):
         text = json.dumps([self.stage.model_dump(mode="json"), self.seed, max_steps])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _save(self, checkpoint: Path, max_steps: int) -> None:
+    def _save(self, checkpoint: Path, state: Any) -> None:
         data, tensors = self.pruning.state()
         reached, selection = self.good
         whole = {
-            "recipe": self._fingerprint(max_steps),
+            "recipe": self._fingerprint(state.max_steps),
             "reached": self.reached,
             "stopped": self.stopped,
             "good": {"reached": reached, "selection": selection_to_dict(selection)},
             "pruning": data,
         }
         early = {f"{PREFIX}{name}": value for name, value in self.early.items()}
-        write_state(checkpoint, self.part, whole, {**tensors, **early})
+        write_state(checkpoint, self.part, whole, {**tensors, **early}, parts_of(state))
 
     def _resume(self, checkpoint: Path, max_steps: int) -> None:
         whole, tensors = read_state(checkpoint, self.part)

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +22,13 @@ from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.training.losses import distillation_loss
 from hf_prune.training.projection import Projections
 from hf_prune.training.sharded import refuse_sharded
-from hf_prune.training.state import checkpoint_of, read_state, write_state
+from hf_prune.training.state import (
+    checkpoint_of,
+    note_part,
+    parts_of,
+    read_state,
+    write_state,
+)
 from hf_prune.training.taps import attach_taps, check_plain_attention, real_tokens
 from hf_prune.training.teacher import CachedLogits, check_teacher, teacher_inputs
 from hf_prune.training.terms import InnerTerms
@@ -98,7 +105,10 @@ class DistillCallback(TrainerCallback):
         """Attach the teacher to the student's loss."""
         refuse_sharded(args, "DistillCallback")
         self._attach(kwargs["model"])
-        if state is not None and state.global_step > 0:
+        if state is None:
+            return
+        note_part(state, PART)
+        if state.global_step > 0:
             self._resume(checkpoint_of(args, state, self.resume_from))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,11 +129,12 @@ class DistillCallback(TrainerCallback):
             self._log(logs, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what the projections have learned."""
+        """Keep what the projections have learned, once all processes have written theirs."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             tensors = self.inner.projections.state() if self.inner is not None else {}
-            pairs = self.inner.pairs if self.inner is not None else None
-            write_state(checkpoint_of(args, state, None), PART, {"pairs": pairs}, tensors)
+            data = {"pairs": self.inner.pairs if self.inner is not None else None}
+            write_state(checkpoint_of(args, state, None), PART, data, tensors, parts_of(state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the student go."""

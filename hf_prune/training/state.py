@@ -7,7 +7,7 @@ or refused, never half.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,25 @@ def _digest(path: Path) -> str:
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Sizes of the Trainer's own files; each process writes its random state in its own time."""
+    """Sizes of the Trainer's own files."""
     return {
-        path.name: path.stat().st_size
-        for path in sorted(checkpoint.iterdir())
-        if path.is_file() and not path.name.startswith("rng_state")
+        path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()
     }
+
+
+def note_part(state: Any, part: str) -> None:
+    """Tell all callbacks of a training that one of them will keep this part.
+
+    Args:
+        state: of the Trainer, which all its callbacks see.
+        part: name of the part.
+    """
+    state.hf_prune_parts = sorted({*parts_of(state), part})
+
+
+def parts_of(state: Any) -> list[str]:
+    """What callbacks of a training keep: a checkpoint without one of them is not complete."""
+    return list(getattr(state, "hf_prune_parts", []))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -50,15 +63,20 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def write_state(
-    checkpoint: Path, part: str, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    checkpoint: Path,
+    part: str,
+    data: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parts: Sequence[str] = (),
 ) -> None:
-    """Write the state of one part into a checkpoint that the Trainer has just written.
+    """Write the state of one part into a checkpoint that all processes have just written.
 
     Args:
         checkpoint: folder of the Trainer's checkpoint.
         part: name of the part.
         data: plain data.
         tensors: by name.
+        parts: all parts that the checkpoint will have, from `parts_of`.
     """
     folder = checkpoint / FOLDER
     folder.mkdir(exist_ok=True)
@@ -70,6 +88,7 @@ def write_state(
         "version": STATE_VERSION,
         "tensors": _digest(path),
         "files": _sizes(checkpoint),
+        "parts": list(parts),
         "data": dict(data),
     }
     _write(folder / f"{part}.json", json.dumps(whole, allow_nan=False).encode())
@@ -79,7 +98,8 @@ def read_state(checkpoint: Path, part: str) -> tuple[dict[str, Any], dict[str, T
     """The state of one part, checked.
 
     Raises:
-        CheckpointError: when it is not there, torn or damaged, or the checkpoint is.
+        CheckpointError: when it is not there, torn or damaged, or the checkpoint is, or another
+            part that belongs to it is not there.
     """
     path = checkpoint / FOLDER / f"{part}.json"
     try:
@@ -94,6 +114,8 @@ def read_state(checkpoint: Path, part: str) -> tuple[dict[str, Any], dict[str, T
         for name, size in whole["files"].items():
             if Path(name).name != name or (checkpoint / name).stat().st_size != size:
                 raise CheckpointError(f"{checkpoint / name} is torn: {size} bytes were written.")
+        for other in whole["parts"]:
+            (checkpoint / FOLDER / f"{other}.json").stat()
         return dict(whole["data"]), load_file(weights)
     except FileNotFoundError as error:
         raise CheckpointError(

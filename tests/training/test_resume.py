@@ -117,6 +117,29 @@ def test_distillation_resumes_with_its_projections(tiny, tmp_path):
         assert torch.equal(found.state_dict()[name], value), name
 
 
+def test_a_checkpoint_that_one_of_the_callbacks_has_not_written_is_passed_over(tiny, tmp_path):
+    """A kill between two of them leaves the state of the first, whole by itself."""
+    teacher = DistillCallback(tiny("electra"), alpha=0.8, hidden=1.0)
+    with pytest.raises(Killed):
+        trainer(tiny("bert"), tmp_path, PruneCallback(recipe()), teacher, KillAt(7)).train()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-6")
+    folder = tmp_path / "checkpoint-6" / "hf_prune"
+    assert sorted(path.stem for path in folder.glob("*.json")) == ["distill", "structure"]
+    (folder / "distill.json").unlink()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-4")
+    with pytest.raises(CheckpointError, match=r"distill\.json is missing"):
+        read_state(folder.parent, "structure")
+
+
+def test_a_torn_random_state_is_noticed(tiny, tmp_path):
+    """The Trainer would go on without it, and drop other units than before."""
+    with pytest.raises(Killed):
+        trainer(tiny("bert"), tmp_path, PruneCallback(recipe()), KillAt(7)).train()
+    path = tmp_path / "checkpoint-6" / "rng_state.pth"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert last_checkpoint(tmp_path).endswith("checkpoint-4")
+
+
 def test_checkpoints_that_cannot_be_resumed(tiny, tmp_path):
     with pytest.raises(Killed):
         trainer(tiny("bert"), tmp_path, PruneCallback(recipe()), KillAt(7)).train()
