@@ -7,6 +7,7 @@ python scripts/benchmark.py structured-lm runs/structured_lm.json --model DIR --
 python scripts/benchmark.py structured-latency runs/structured_latency.json --model DIR
 python scripts/benchmark.py structured-cost runs/structured_cost.json --model DIR
 python scripts/benchmark.py training-methods runs/training_methods.json
+python scripts/benchmark.py training-curves runs/training_curves.json
 python scripts/benchmark.py training-resume runs/training_resume.json
 python scripts/benchmark.py training-students runs/training_students.json
 python scripts/benchmark.py training-wnut17 runs/wnut17.json --data DIR
@@ -17,6 +18,7 @@ python scripts/benchmark.py weights-memory runs/weights_memory.json
 python scripts/benchmark.py weights-digits runs/weights_digits.json
 """
 
+import bench_curves
 import bench_loading
 import bench_resume
 import bench_step
@@ -36,6 +38,7 @@ COMMANDS = {
     "structured-latency": bench_structured.latency,
     "structured-cost": bench_structured.cost,
     "training-methods": bench_training.methods,
+    "training-curves": bench_curves.command,
     "training-resume": bench_resume.command,
     "training-students": bench_training.students,
     "training-wnut17": bench_words.command,

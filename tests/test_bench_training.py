@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import bench_resume  # noqa: E402  # a script, found by the line above
+import bench_resume  # a script, found by the line above
 
 
 @pytest.mark.slow
