@@ -172,6 +172,8 @@ def test_push_is_one_commit_without_secrets(tiny, inputs_for, tmp_path, monkeypa
     )
     assert "training_args.bin" not in files
     assert b'from_pretrained("me/small")' in files["README.md"]
+    assert b"import hf_prune  # registers" in files["README.md"]
+    assert b"`pip install hf_prune` first" in files["README.md"]
     saved = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
     assert files["model.safetensors"] == saved
 

@@ -28,6 +28,13 @@ def _accuracy(report: dict[str, Any]) -> float | None:
     return value
 
 
+def needs_loader(report: dict[str, Any]) -> bool:
+    """Whether the model loads with hf_prune only: a plain config does not say its widths."""
+    if report["recipe"].get("portable"):
+        return False
+    return any(s.get("kind") == "structure" or s.get("dead_units") for s in report["pruning"])
+
+
 def card_metadata(report: dict[str, Any]) -> dict[str, Any]:
     """The front matter: what the Hub reads."""
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["hf-prune", "pruned"]}
@@ -76,6 +83,7 @@ def render_card(report: dict[str, Any], repo_id: str | None = None) -> str:
         metadata=metadata,
         report=report,
         repo_id=repo_id,
+        loader=needs_loader(report),
         head=head,
         rows=rows,
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False),

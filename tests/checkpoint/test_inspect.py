@@ -1,10 +1,15 @@
 """What a saved model is, and whether it is whole; by function and by command."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
+from hub_standin import HubStandIn
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tinies import TINY
 from transformers import PreTrainedModel
@@ -54,6 +59,29 @@ def test_a_whole_model(name, saved):
     assert len(done) == (4 if name in ("gpt2", "t5") else 3), (
         "ties are checked where there are some"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")
+def test_a_repository_without_its_weights(saved, tmp_path):
+    """What is asked of the Hub is the config, and nothing of the weights."""
+    model, plan, folder = saved("bert")
+    with HubStandIn() as hub:
+        api = HfApi(endpoint=hub.url, token="hf_standin")
+        api.create_repo("me/small")
+        api.upload_folder(repo_id="me/small", folder_path=folder)
+        assert "model.safetensors" in hub.files("me/small")
+        hub.requests.clear()
+        command = [sys.executable, "-m", "hf_prune_cli", "inspect", "me/small"]
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        asked = [request.path for request in hub.requests]
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert len(run.stdout.splitlines()) == 1 + len(plan.sites)
+    assert f"{count_parameters(model):,} of " in run.stdout
+    assert any("config.json" in path for path in asked)
+    assert not any("safetensors" in path for path in asked)
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
 def change_weights(folder, change):

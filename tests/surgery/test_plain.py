@@ -11,6 +11,7 @@ from hf_prune import compress
 from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import load_recipe
+from hf_prune.report.card import render_card
 from hf_prune.sites import ALL_KINDS, HIDDEN, find_sites
 from hf_prune.surgery.plain import make_plain_
 from hf_prune.surgery.remove import remove_units
@@ -101,6 +102,9 @@ def test_a_portable_recipe(name, tiny, inputs_for, logits, no_hook, tmp_path):
     loaded = auto_class(name).from_pretrained(tmp_path)
     batch = inputs_for(name)
     assert torch.equal(logits(loaded, batch), logits(result.model, batch))
+    card = render_card(result.report)
+    assert "pip install transformers" in card
+    assert "import hf_prune" not in card
 
 
 def test_a_portable_recipe_needs_even_layers():
