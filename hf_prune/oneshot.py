@@ -32,7 +32,7 @@ from hf_prune.surgery.reconstruct import refit_as_asked
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.width import refit_width
 from hf_prune.targets import Chooser, Decision
-from hf_prune.training.structure import same_on_all_processes
+from hf_prune.training.aim import same_on_all_processes
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Goal, cost_tables, make_goal
+from hf_prune.budget.levels import Levels, stage_levels
 from hf_prune.budget.prepare import prepare
 from hf_prune.budget.selection import Outcome, Selection, decide, selection_of
 from hf_prune.criteria.ranking import Ranking
@@ -144,8 +145,10 @@ class Chooser:
 
     def __post_init__(self) -> None:
         target = self.stage.target
-        ready = prepare(self.sites, self.rankings, self.stage)
-        self.rankings = ready.rankings
+        levels: Levels = stage_levels(self.sites, self.stage)
+        if self.rankings:  # while a model trains they come later
+            ready = prepare(self.sites, self.rankings, self.stage)
+            self.rankings, levels = ready.rankings, ready.levels
         self.goals: list[Goal] = []
         self.shape = Shape(target.batch_size if target else 1, self.stage.sequence_length)
         if target is None:
@@ -162,7 +165,7 @@ class Chooser:
         self.goals += _counted(self.model, self.sites, self.stage, target)
         if target.timed:
             if self.table is None:
-                empty = any(counts[0] == 0 for counts in ready.levels.values())
+                empty = any(counts[0] == 0 for counts in levels.values())
                 self.table = latency_table(self.model, self.sites, self.shape, empty=empty)
             tables = self.table.tables(self.sites)
             total = self.table.total_ns
@@ -183,6 +186,10 @@ class Chooser:
         if self.table is None:
             return Decision(self._decide(goals, weighed))
         return self._choose_timed(goals[:-1], goals[-1], self.table, weighed)
+
+    def predict(self, scale: float) -> Selection:
+        """The plan that removes `scale` of what the stage asks for, by the table alone."""
+        return self._decide([_scaled(goal, scale) for goal in self.goals], self.rankings)
 
     def counts_of(self, selection: Selection) -> dict[str, int]:
         """How many units of each site a selection keeps."""

@@ -103,6 +103,11 @@ def one(**change):
         (one(units=["experts", "expert_neurons"]), "share their parameters.*write two stages"),
         (one(units=["experts"], schedule={}), "experts and their neurons go in one shot"),
         (one(even=True, search_trials=3), "search_trials makes layers differ"),
+        (one(coarse=["layers"]), "coarse gates are for masks: l0"),
+        (
+            one(coarse=["layers"], masks="l0", min_heads=0),
+            "set min_heads and min_neurons to 0",
+        ),
         (one(min_heads=1.5), r"stages\.0\.min_heads: .*valid integer"),
         (one(ridge=0), r"stages\.0\.ridge: .*greater than 0"),
         (one(schedule={"start": 0.7, "end": 0.6}), r"start=0\.7 must be smaller than end=0\.6"),

@@ -269,6 +269,10 @@ class Prune(Model):
     arXiv:1712.01312, held to the target by a Lagrangian, arXiv:2204.00408)."""
     mask_learning_rate: float = Field(default=0.1, gt=0)
     """Of learned masks and, for `l0`, of the multipliers."""
+    coarse: tuple[Literal["layers", "blocks"], ...] = ()
+    """Of `l0`: further gates that multiply those of all units of a layer, or of an attention or
+    feed-forward block, so that it can go as a whole (arXiv:2204.00408). Needs `min_heads: 0` and
+    `min_neurons: 0`, where these units may go."""
     mask_penalty: float = Field(default=1.0, ge=0)
     """Of `soft_movement`: weight of the mean open gate in the loss, reached with the sparsity."""
 
@@ -332,12 +336,18 @@ class Prune(Model):
         given = (self.sparsity is not None) + (self.target is not None)
         if implied is None and given != 1 and (given or not self._templated):
             raise ValueError("give either sparsity or target")
-        if self.target is not None and (self.schedule is not None or not self.structural):
-            raise ValueError(
-                "target is for heads and neurons in one shot: give sparsity to single weights and "
-                "to a stage with a schedule"
-            )
+        if self.target is not None and not self.structural:
+            raise ValueError("target is for heads and neurons: give sparsity to single weights")
+        return self
+
+    @model_validator(mode="after")
+    def _gradual(self) -> "Prune":
         gradual = self.schedule
+        if self.coarse and self.masks != "l0":
+            raise ValueError("coarse gates are for masks: l0")
+        least = {"heads": self.min_heads, "neurons": self.min_neurons}
+        if self.coarse and any(least.get(unit) for unit in self.units):
+            raise ValueError("coarse gates close whole blocks: set min_heads and min_neurons to 0")
         if self.masks != "scored" and (gradual is None or not self.structural):
             raise ValueError("learned masks are for heads and neurons, and need a schedule")
         if gradual and gradual.stop_metric and self.masks == "l0":

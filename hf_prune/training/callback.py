@@ -18,6 +18,7 @@ from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, Schedule, load_recipe
+from hf_prune.training.aim import selection_from_dict, selection_to_dict
 from hf_prune.training.interrupt import Interrupt
 from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.rewind import PREFIX, restore_, snapshot
@@ -30,11 +31,7 @@ from hf_prune.training.state import (
     read_state,
     write_state,
 )
-from hf_prune.training.structure import (
-    StructuredPruning,
-    selection_from_dict,
-    selection_to_dict,
-)
+from hf_prune.training.structure import StructuredPruning
 from hf_prune.training.zeros import WeightPruning
 from hf_prune.weights.masks import count_kept
 
@@ -228,7 +225,7 @@ class PruneCallback(TrainerCallback):
     def _decide(self, fraction: float, state: Any, kwargs: Mapping[str, Any]) -> None:
         self.pruning.decide(fraction)
         self.reached = fraction
-        logger.info("sparsity %.4f, kept %s", self.stage.fraction * fraction, self.pruning.kept())
+        logger.info("%.4f of what is asked, kept %s", fraction, self.pruning.kept())
         if fraction < 1:
             return
         self.pruning.settle()
@@ -299,7 +296,7 @@ class PruneCallback(TrainerCallback):
         result["prune/macs"] = float(macs)
         if isinstance(pruning, LearnedPruning):
             result["prune/sparsity"] = pruning.sparsity
-            result["prune/asked"] = self.stage.fraction * pruning.share
+            result["prune/asked"] = pruning.target * pruning.share
         else:
             outcome = selection.outcomes[0] if selection else None
             result["prune/sparsity"] = outcome.removed / outcome.total if outcome else 0.0

@@ -1,6 +1,7 @@
 """Masks that are learned by gradient while a model trains: movement and hard-concrete gates.
 
-Each unit has one parameter. It lives beside the model, and learns from the gradient of its gate,
+Each unit has one parameter, and with L0 each layer and block can have one too, whose gate
+multiplies those of its units. They live beside the model, and learn from the gradients of gates,
 which all processes share. At the end what stays is chosen by the solver, so that the cost that was
 asked for is met exactly, and the gates are plain 0 and 1.
 """
@@ -23,16 +24,23 @@ from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, logical_weight, projection
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.surgery.remove import remove_units
+from hf_prune.targets import Chooser
 from hf_prune.training import hard_concrete
-from hf_prune.training.structure import (
-    State,
-    decide_at,
-    goal_at,
-    kept_by_kind,
-    open_gates,
+from hf_prune.training.aim import (
+    make_chooser,
+    select,
     selection_from_dict,
     selection_to_dict,
+    table_from_dict,
+    table_to_dict,
 )
+from hf_prune.training.coarse import (
+    coarse_members,
+    coarse_product,
+    expected_share,
+    share_tables,
+)
+from hf_prune.training.structure import State, all_open, kept_by_kind, open_gates
 
 L0_START = 2.5
 """Of `log_alpha`: a gate is open in 98 of 100 steps."""
@@ -43,10 +51,12 @@ class LearnedPruning:
     """The state of a stage with learned masks in a running training.
 
     Attributes:
-        parameters: `[U]` of all units of all sites in a row: scores, or `log_alpha`.
+        parameters: `[U + G]` of all units of all sites in a row, then of coarse gates: scores, or
+            `log_alpha`.
         multipliers: `[2]`, of the Lagrangian, linear and square.
         share: of the final sparsity, that is asked for now.
-        sparsity: fraction of the base that the gates are expected to remove.
+        sparsity: fraction of the base that the gates are expected to remove (of the first goal).
+        target: that fraction in the end, as it is asked for.
         settled: whether the last decision was taken.
     """
 
@@ -59,6 +69,7 @@ class LearnedPruning:
     multipliers: Tensor = field(default_factory=lambda: torch.zeros(2))
     share: float = 0.0
     sparsity: float = 0.0
+    target: float = 0.0
     settled: bool = False
     selection: Selection | None = None
 
@@ -68,19 +79,27 @@ class LearnedPruning:
     def start(self, model: PreTrainedModel) -> None:
         """Attach gates, all open, and their parameters."""
         self.model = model
-        self.sites, self.encoder, self.gates = open_gates(model, self.stage, self.gates)
-        goal = goal_at(self.sites, self.stage, 1.0, self.encoder)
-        per_unit = [torch.full((s.units,), float(goal.tables[s.name][1])) for s in self.sites]
-        device = model.device
-        self.costs = torch.cat(per_unit).to(device) / goal.total  # [all units], shares of the base
-        self.target = goal.asked / goal.total
+        self.sites, chooser, self.gates = open_gates(model, self.stage, self.gates)
+        self._aim(chooser)
+        self.units = len(self.costs)
+        count, self.members = coarse_members(self.sites, self.stage.coarse)
         start = L0_START if self.stage.masks == "l0" else 0.0
-        self.parameters = torch.full_like(self.costs, start)
+        self.parameters = self.costs.new_full((self.units + count,), start)
         self.optimizer = torch.optim.Adam([self.parameters], lr=self.stage.mask_learning_rate)
-        self.multipliers = torch.zeros(2, device=device)
+        self.multipliers = torch.zeros(2, device=model.device)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.share, self.sparsity, self.settled, self.selection = 0.0, 0.0, False, None
-        self._set(torch.ones_like(self.parameters))
+        self._set(torch.ones_like(self.costs))
+
+    def _aim(self, chooser: Chooser) -> None:
+        """Take the goals of a chooser: what each unit costs, and what is to go."""
+        assert self.model is not None  # noqa: S101  # start() came first
+        self.chooser, device = chooser, self.model.device
+        self.tables = [share_tables(goal, self.sites, device) for goal in chooser.goals]
+        first = chooser.goals[0]
+        self.target = first.asked / first.total
+        each = [(table[-1] / (len(table) - 1)).repeat(len(table) - 1) for table in self.tables[0]]
+        self.costs = torch.cat(each)  # [U], shares of the base
 
     def _split(self, values: Tensor) -> dict[str, Tensor]:
         parts = values.split([site.units for site in self.sites])
@@ -91,6 +110,11 @@ class LearnedPruning:
         fresh = {k: v.detach().clone().requires_grad_() for k, v in self._split(values).items()}
         self.gates.values = fresh
 
+    def _effective(self, values: Tensor) -> Tensor:
+        """Gates (or probabilities) of units with those of their layers and blocks, `[U]`."""
+        fine, coarse = values[: self.units], values[self.units :]
+        return fine * coarse_product(coarse, self.members, self.units)
+
     def before_step(self) -> None:
         """Draw new gates, where they are random; evaluation sees them without noise."""
         if self.settled or self.stage.masks != "l0":
@@ -98,9 +122,13 @@ class LearnedPruning:
         noise = torch.rand(len(self.parameters), generator=self.generator)
         noise = noise.clamp(1e-6, 1 - 1e-6).to(self.parameters.device)  # same on all processes
         self.parameters.requires_grad_()
-        self.drawn = hard_concrete.sample(self.parameters, noise)
+        self.drawn = self._effective(hard_concrete.sample(self.parameters, noise))
         self._set(self.drawn)
-        self.gates.evaluation = self._split(hard_concrete.expected(self.parameters.detach()))
+        self.gates.evaluation = self._split(self._let_through())
+
+    def _let_through(self) -> Tensor:
+        """The gate of each unit without noise, `[U]`."""
+        return self._effective(hard_concrete.expected(self.parameters.detach()))
 
     def observe(self) -> None:
         """Let the parameters learn from the gradients of the gates in this step."""
@@ -120,8 +148,10 @@ class LearnedPruning:
 
     def _learn_l0(self, gradient: Tensor) -> None:
         self.drawn.backward(gradient)
-        closed = 1 - hard_concrete.open_probability(self.parameters)
-        missing = self.target * self.share - (self.costs * closed).sum()
+        removed = self._expected_to_go()  # [goals]
+        goals = self.chooser.goals
+        asked = removed.new_tensor([goal.asked / goal.total for goal in goals]) * self.share
+        missing = (asked - removed).max()  # the goal that is furthest away
         linear, square = self.multipliers
         (linear * missing + square * missing.square()).backward()
         self.optimizer.step()
@@ -129,7 +159,19 @@ class LearnedPruning:
         missing = missing.detach()
         steps = torch.stack([missing, missing.square()])
         self.multipliers += self.stage.mask_learning_rate * steps
-        self.sparsity = float(self.target * self.share - missing)
+        self.sparsity = float(removed[0].detach())
+
+    def _expected_to_go(self) -> Tensor:
+        """What gates are expected to remove, as a share of the total of each goal, `[goals]`."""
+        probability = hard_concrete.open_probability(self.parameters)
+        coarse = coarse_product(probability[self.units :], self.members, self.units)
+        opened, whole = self._split(probability[: self.units]), self._split(coarse)
+        return torch.stack(
+            [
+                goal.prunable / goal.total - expected_share(tables, opened, whole)
+                for goal, tables in zip(self.chooser.goals, self.tables, strict=True)
+            ]
+        )
 
     @torch.no_grad()
     def _move(self, gradient: Tensor) -> None:
@@ -147,7 +189,7 @@ class LearnedPruning:
         """
         values = self.parameters.detach().double().cpu()
         if self.stage.masks == "l0":
-            scores = hard_concrete.open_probability(values)
+            scores = self._effective(hard_concrete.open_probability(values))
         else:
             scores = torch.empty_like(values)
             for kind in {site.kind for site in self.sites}:
@@ -158,9 +200,8 @@ class LearnedPruning:
         return {name: Ranking.from_scores(part) for name, part in losses.items()}
 
     def _select(self, share: float) -> Selection:
-        assert self.model is not None  # noqa: S101  # start() came first
-        rankings = self._rankings()
-        return decide_at(self.model, self.sites, rankings, self.stage, share, self.encoder)
+        with all_open(self.gates):
+            return select(self.chooser, self._rankings(), share)
 
     def decide(self, share: float) -> None:
         """Ask for `share` of the final sparsity; at 1 choose what stays, once and for all."""
@@ -186,7 +227,7 @@ class LearnedPruning:
     @torch.no_grad()
     def _settle(self, selection: Selection) -> None:
         if self.stage.masks == "l0":
-            self._fold(hard_concrete.expected(self.parameters.detach()))
+            self._fold(self._let_through())
         self.take(selection)
 
     def _fold(self, values: Tensor) -> None:
@@ -223,7 +264,7 @@ class LearnedPruning:
         """Units whose gate is open now, by kind, for logs."""
         if self.settled or self.stage.masks != "l0":
             return kept_by_kind(self.sites, self.selection)
-        gates = self._split(hard_concrete.expected(self.parameters.detach()))
+        gates = self._split(self._let_through())
         result: dict[str, int] = {}
         for site in self.sites:
             opened = int((gates[site.name] > 0).sum())
@@ -242,6 +283,7 @@ class LearnedPruning:
         for name, value in self.optimizer.state.get(self.parameters, {}).items():
             tensors[f"adam.{name}"] = value
         data = {
+            "latency": table_to_dict(self.chooser),
             "selection": selection_to_dict(self.selection),
             "share": self.share,
             "sparsity": self.sparsity,
@@ -258,6 +300,9 @@ class LearnedPruning:
         """
         assert self.model is not None  # noqa: S101  # start() came first
         device = self.model.device
+        table = table_from_dict(data["latency"])
+        if table is not None:
+            self._aim(make_chooser(self.model, self.sites, self.stage, table))
         self.parameters.requires_grad_(False).copy_(tensors["parameters"])
         self.multipliers.copy_(tensors["multipliers"])
         self.generator.set_state(tensors["generator"])

@@ -1,64 +1,41 @@
 """Heads and neurons that go while a model trains: scores from its gradients, gates as masks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.budget.costs import Goal, make_goal
-from hf_prune.budget.selection import Outcome, Selection, decide
+from hf_prune.budget.selection import Selection
 from hf_prune.budget.solvers import get_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.errors import ConfigError, DataError, NumericsError, PlanError
+from hf_prune.errors import ConfigError, DataError, NumericsError
 from hf_prune.gates import Gates, attach_gates, check_plan, plan_gates
-from hf_prune.measure.counts import count_encoder_parameters
-from hf_prune.plan import Plan
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
 from hf_prune.statistics.collect import Statistics, sum_over_processes
 from hf_prune.statistics.score import score
 from hf_prune.surgery.remove import remove_units
+from hf_prune.targets import Chooser
+from hf_prune.training.aim import (
+    make_chooser,
+    select,
+    selection_from_dict,
+    selection_to_dict,
+    table_from_dict,
+    table_to_dict,
+)
 
 TRAINING_STATISTICS = {"gate_grad", "generator"}
 """What training itself provides. Other statistics need a calibration pass: use `compress`."""
 
 State = tuple[dict[str, Any], dict[str, Tensor]]
 """What must survive a restart: plain data, and tensors by name."""
-
-
-def same_on_all_processes(selection: Selection) -> Selection:
-    """The selection, after all processes have compared theirs.
-
-    Raises:
-        PlanError: on every process, when two of them decided differently.
-    """
-    if PartialState().num_processes > 1:
-        prints = gather_object([selection.plan.fingerprint()])
-        if len(set(prints)) > 1:
-            raise PlanError("processes decided differently: their data or weights are not in step.")
-    return selection
-
-
-def selection_to_dict(selection: Selection | None) -> dict[str, Any] | None:
-    """A selection as plain data."""
-    if selection is None:
-        return None
-    outcomes = [[o.cost, o.asked, o.removed, o.total] for o in selection.outcomes]
-    return {"plan": selection.plan.to_dict(), "outcomes": outcomes, "error": selection.error}
-
-
-def selection_from_dict(data: Mapping[str, Any] | None) -> Selection | None:
-    """The selection that `selection_to_dict` described."""
-    if data is None:
-        return None
-    outcomes = tuple(Outcome(*outcome) for outcome in data["outcomes"])
-    return Selection(Plan.from_dict(data["plan"]), outcomes, float(data["error"]))
 
 
 def kept_by_kind(sites: Sequence[Site], selection: Selection | None) -> dict[str, int]:
@@ -70,52 +47,10 @@ def kept_by_kind(sites: Sequence[Site], selection: Selection | None) -> dict[str
     return result
 
 
-def goal_at(sites: Sequence[Site], stage: Prune, share: float, encoder: int) -> Goal:
-    """What is to go at a share of the final sparsity.
-
-    Args:
-        sites: from `find_sites`.
-        stage: with a sparsity.
-        share: in [0, 1].
-        encoder: parameters of all layers, the base of `of: layers`.
-    """
-    layers = (stage.of, stage.cost) == ("layers", "parameters")
-    return make_goal(
-        sites,
-        stage.cost,
-        stage.fraction * share,
-        sequence_length=stage.sequence_length,
-        base=encoder if layers else None,
-    )
-
-
-def decide_at(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    rankings: Mapping[str, Ranking],
-    stage: Prune,
-    share: float,
-    encoder: int,
-) -> Selection:
-    """What stays at a share of the final sparsity, the same on all processes.
-
-    Args:
-        model: that is being trained.
-        sites: of it.
-        rankings: in which order the units of each site go.
-        stage: solver, floors and sparsity.
-        share: in [0, 1].
-        encoder: parameters of all layers, the base of `of: layers`.
-    """
-    goal = goal_at(sites, stage, share, encoder)
-    model_type = model.config.model_type
-    return same_on_all_processes(decide(sites, rankings, stage, [goal], model_type=model_type))
-
-
 def open_gates(
     model: PreTrainedModel, stage: Prune, earlier: Gates
-) -> tuple[list[Site], int, Gates]:
-    """The sites of a stage, the parameters of all layers, and new gates, all open.
+) -> tuple[list[Site], Chooser, Gates]:
+    """The sites of a stage, what chooses among their units, and new gates, all open.
 
     Args:
         model: to be trained.
@@ -124,7 +59,19 @@ def open_gates(
     """
     sites = find_sites(model, stage.units, stage.ignore)
     earlier.remove()
-    return sites, count_encoder_parameters(model), attach_gates(model, sites)
+    chooser = make_chooser(model, sites, stage)
+    return sites, chooser, attach_gates(model, sites)
+
+
+@contextmanager
+def all_open(gates: Gates) -> Iterator[None]:
+    """Gates that let everything through in a `with` block: the model has other widths there."""
+    values, evaluation = gates.values, gates.evaluation
+    gates.values, gates.evaluation = {}, {}
+    try:
+        yield
+    finally:
+        gates.values, gates.evaluation = values, evaluation
 
 
 @dataclass
@@ -135,7 +82,7 @@ class StructuredPruning:
     seed: int
     model: PreTrainedModel | None = None
     sites: list[Site] = field(default_factory=list)
-    encoder: int = 0
+    chooser: Chooser | None = None
     gates: Gates = field(default_factory=Gates)
     sums: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
@@ -157,7 +104,7 @@ class StructuredPruning:
     def start(self, model: PreTrainedModel) -> None:
         """Find the sites and attach gates, all open."""
         self.model = model
-        self.sites, self.encoder, self.gates = open_gates(model, self.stage, self.gates)
+        self.sites, self.chooser, self.gates = open_gates(model, self.stage, self.gates)
         self.sums, self.steps, self.overflows, self.last, self.selection = {}, 0, 0, {}, None
         self._set_gates()
 
@@ -253,8 +200,9 @@ class StructuredPruning:
         self.sums, self.steps, self.overflows = {}, 0, 0
 
     def _select(self, rankings: Mapping[str, Ranking], share: float) -> Selection:
-        assert self.model is not None  # noqa: S101  # start() came first
-        return decide_at(self.model, self.sites, rankings, self.stage, share, self.encoder)
+        assert self.chooser is not None  # noqa: S101  # start() came first
+        with all_open(self.gates):
+            return select(self.chooser, rankings, share)
 
     def take(self, selection: Selection | None) -> None:
         """Close the gates of what a selection removes, and open all others."""
@@ -293,7 +241,9 @@ class StructuredPruning:
         tensors = {f"sum.{name}": value for name, value in self.sums.items()}
         for name, values in self.last.items():
             tensors |= {f"last.{name}": value for value in values.values()}
+        assert self.chooser is not None  # noqa: S101  # start() came first
         data = {
+            "latency": table_to_dict(self.chooser),
             "selection": selection_to_dict(self.selection),
             "steps": self.steps,
             "overflows": self.overflows,
@@ -307,6 +257,9 @@ class StructuredPruning:
             PlanError: when the plan there does not fit this model.
         """
         assert self.model is not None  # noqa: S101  # start() came first
+        table = table_from_dict(data["latency"])
+        if table is not None:
+            self.chooser = make_chooser(self.model, self.sites, self.stage, table)
         selection = selection_from_dict(data["selection"])
         if selection is not None:
             check_plan(selection.plan, self.sites, self.model.config.model_type)

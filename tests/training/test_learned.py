@@ -8,8 +8,12 @@ from test_resume import recipe, trainer
 
 from hf_prune import PruneCallback
 from hf_prune.errors import ConfigError
+from hf_prune.measure import latency_table
+from hf_prune.measure.counts import count_macs, count_parameters
 from hf_prune.recipe import Prune, Schedule
-from hf_prune.training import hard_concrete
+from hf_prune.sites import find_sites
+from hf_prune.targets import Chooser
+from hf_prune.training import aim, hard_concrete
 from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.structure import StructuredPruning
 
@@ -126,17 +130,24 @@ def test_l0_reaches_its_goal_in_expectation_before_it_is_forced(tiny, tmp_path):
     assert seen[-2] == pytest.approx(0.5, abs=0.08)
 
 
-def test_l0_is_the_same_function_before_and_after_it_settles(tiny, inputs_for):
+COARSE = {"coarse": ("layers", "blocks"), "min_heads": 0, "min_neurons": 0}
+
+
+@pytest.mark.parametrize("fields", [{}, COARSE], ids=["fine", "coarse"])
+def test_l0_is_the_same_function_before_and_after_it_settles(tiny, inputs_for, fields):
     """What gates let through in evaluation is written into the weights when they become 0 and 1."""
     model, batch = tiny("gpt2"), inputs_for("gpt2")
-    pruning = LearnedPruning(stage("l0"), 0)
+    pruning = LearnedPruning(stage("l0", **fields), 0)
     pruning.start(model)
     generator = torch.Generator().manual_seed(1)
     drawn = torch.rand(len(pruning.parameters), generator=generator)
     pruning.parameters = torch.where(drawn < 0.6, -9.0, 0.7)  # closed for sure, or partly open
+    pruning.parameters[pruning.units :] = 1.0  # coarse gates: partly open
     pruning.before_step()
     kept = pruning._flat(pruning._select(1.0))
-    gates = hard_concrete.expected(pruning.parameters.detach()) * kept
+    values = hard_concrete.expected(pruning.parameters.detach())
+    coarse = float(values[-1]) ** 2 if fields else 1.0  # all are equal; a unit hangs on two
+    gates = values[: pruning.units] * coarse * kept
     pruning.gates.evaluation = pruning._split(gates)
     assert ((gates > 0) & (gates < 1)).any()
     with torch.no_grad():
@@ -147,6 +158,122 @@ def test_l0_is_the_same_function_before_and_after_it_settles(tiny, inputs_for):
         small = model(**batch).logits
     torch.testing.assert_close(settled, masked, atol=1e-5, rtol=0)
     torch.testing.assert_close(small, masked, atol=1e-5, rtol=0)
+
+
+def test_a_closed_layer_and_a_closed_block_go_as_a_whole(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    fields = {**COARSE, "schedule": {"every": 1}}
+    pruning = LearnedPruning(stage("l0", **fields), 0)
+    pruning.start(model)
+    layers, blocks = 2, 4
+    assert len(pruning.parameters) == pruning.units + layers + blocks
+    pruning.parameters[pruning.units + 1] = -9.0  # the second layer
+    first_heads = next(s for s in pruning.sites if s.kind == "heads" and s.layer == 0)
+    pruning.before_step()
+    open_heads = pruning.gates.evaluation[first_heads.name]
+    assert (open_heads > 0.9).all()
+    for site in pruning.sites:
+        assert (pruning.gates.evaluation[site.name] == 0).all() == (site.layer == 1)
+    pruning.decide(1.0)
+    kept = {s.name: len(pruning.selection.plan.sites[s.name].kept) for s in pruning.sites}
+    assert pruning.selection.met
+    assert all((kept[s.name] == 0) == (s.layer == 1) for s in pruning.sites)
+    with torch.no_grad():
+        before = model.eval()(**batch).logits
+        pruning.finish()
+        torch.testing.assert_close(model(**batch).logits, before, atol=1e-5, rtol=0)
+
+
+def test_expected_cost_by_sampling_all_gates(tiny):
+    """Coarse gates times fine gates, drawn many times: the mean cost of what is open."""
+    pruning = LearnedPruning(stage("l0", **COARSE), 0)
+    pruning.start(tiny("bert"))
+    generator = torch.Generator().manual_seed(0)
+    pruning.parameters = torch.randn(len(pruning.parameters), generator=generator)
+    with torch.no_grad():
+        removed = float(pruning._expected_to_go()[0])
+        noise = torch.rand(20_000, len(pruning.parameters), generator=generator)
+        drawn = hard_concrete.sample(pruning.parameters, noise.clamp(1e-6, 1 - 1e-6))
+        total = 0.0
+        for row in drawn[:4000]:
+            closed = (pruning._effective(row) == 0).float()
+            total += float((closed * pruning.costs).sum()) / 4000
+    assert removed == pytest.approx(total, abs=5e-3)
+    assert 0.3 < removed < 0.95
+    pruning.gates.remove()
+
+
+def test_coarse_gates_learn_from_the_gradients_of_all_their_units(tiny, inputs_for):
+    model, batch = still(tiny("bert")), inputs_for("bert")
+    pruning = LearnedPruning(stage("l0", **COARSE), 0)
+    pruning.start(model)
+    pruning.before_step()
+    values = pruning.parameters
+    noise = torch.rand(len(values), generator=torch.Generator().manual_seed(pruning.seed))
+    model(**batch).loss.backward()
+    gates = torch.cat([g.grad for g in pruning.gates.values.values()])
+    leaf = values.detach().clone().requires_grad_()
+    sampled = hard_concrete.sample(leaf, noise.clamp(1e-6, 1 - 1e-6))
+    expected = []
+    for number in range(pruning.units, len(values)):  # one coarse gate at a time, by its units
+        mine = sum((member == number - pruning.units).float() for member in pruning.members)
+        without = pruning._effective(sampled.detach()) / sampled.detach()[number]
+        expected.append(float((gates * mine * without).sum()))
+    (slope,) = torch.autograd.grad(sampled.sum(), leaf)
+    pruning.optimizer = torch.optim.SGD([values], lr=1.0)
+    before, pruning.share = values.detach().clone(), 0.0
+    pruning.multipliers.zero_()
+    pruning.observe()
+    moved = (before - values.detach())[pruning.units :]
+    wanted = torch.tensor(expected) * slope[pruning.units :]
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(moved, wanted, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("masks", ["scored", "movement", "l0"])
+@pytest.mark.parametrize("cost", ["parameters", "macs", "bytes"])
+def test_targets_of_the_whole_model_are_met_on_a_schedule(tiny, tmp_path, masks, cost):
+    model = tiny("bert")
+    before = {"macs": count_macs(model, 8), "parameters": count_parameters(model)}
+    target = {"sparsity": None, "target": {cost: "0.9x"}, "sequence_length": 8}
+    callback = PruneCallback(recipe(masks=masks, **target))
+    job = trainer(model, tmp_path, callback, save_strategy="no")
+    job.train()
+    after = {"macs": count_macs(model, 8), "parameters": count_parameters(model)}
+    name = "parameters" if cost == "bytes" else cost
+    assert callback.selection.met
+    assert 0.8 * before[name] < after[name] <= 0.9 * before[name]
+    logged = [e["prune/sparsity"] for e in job.state.log_history if "prune/sparsity" in e]
+    assert logged[-1] >= 0.1
+
+
+@pytest.mark.parametrize("masks", ["scored", "l0"])
+def test_a_speedup_is_asked_of_a_schedule_and_timed_at_its_end(tiny, tmp_path, masks, monkeypatch):
+    """The table says how fast each width is; the last widths are timed, and chosen again."""
+    model = tiny("bert")
+    sites = find_sites(model)
+    groups = {latency_table._group(site): site for site in sites}
+    points = {name: {1: 0, site.units: 300} for name, site in groups.items()}
+    table = latency_table.LatencyTable(2000, 800, points)
+    monkeypatch.setattr(aim, "latency_table", lambda *_, **__: table)
+    timed = []
+
+    def measure(self, counts):
+        """What the table says, and a tenth more: so it was wrong."""
+        assert not callback.pruning.gates.values, "a closed gate does not fit other widths"
+        timed.append(counts)
+        return 1.1 * table.predict_ns(sites, counts) / table.total_ns
+
+    monkeypatch.setattr(Chooser, "_measure", measure)
+    target = {"sparsity": None, "target": {"speedup": "1.5x"}, "sequence_length": 8}
+    callback = PruneCallback(recipe(masks=masks, **target))
+    trainer(model, tmp_path, callback, save_strategy="no").train()
+    outcome = callback.selection.outcomes[-1]
+    assert outcome.cost == "latency_ns"
+    assert outcome.met
+    assert 1 < len(timed) <= 4
+    kept = {name: len(site.kept) for name, site in callback.plan.sites.items()}
+    assert table.predict_ns(sites, kept) <= 2000 / 1.5 / 1.1 * 1.05
 
 
 def test_regrowth_scores_closed_gates_and_lets_them_come_back(tiny, inputs_for):

@@ -69,6 +69,14 @@ KINDS = {
     "movement": recipe(masks="movement"),
     "soft": recipe(masks="soft_movement"),
     "l0": recipe(masks="l0"),
+    "coarse": recipe(
+        masks="l0",
+        coarse=["layers", "blocks"],
+        min_heads=0,
+        min_neurons=0,
+        sparsity=None,
+        target={"macs": "0.6x", "speedup": 1.2},
+    ),
     "weights": recipe(units=["weights"], criterion="magnitude", solver="uniform"),
 }
 
