@@ -128,11 +128,11 @@ class WeightPruning:
             if mask.shape != shapes[name] or mask.dtype != torch.bool:
                 raise CheckpointError(f"the mask of {name} does not fit this model.")
         self.masks = {name: mask.to(self._device()) for name, mask in masks.items()}
-        named = {name.removeprefix(MOVEMENT): value for name, value in tensors.items()}
+        sums = {name: tensors.get(f"{MOVEMENT}{name}") for name in shapes}
         self.sums = {
             name: value.to(self._device())
-            for name, value in named.items()
-            if f"{MOVEMENT}{name}" in tensors and name in shapes and value.shape == shapes[name]
+            for name, value in sums.items()
+            if value is not None and value.shape == shapes[name]
         }
         apply_masks_(self.model, self.masks)
 
