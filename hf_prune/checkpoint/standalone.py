@@ -62,6 +62,12 @@ def _auto_classes(cls: type[PreTrainedModel], config: type) -> list[str]:
     return found
 
 
+def is_standalone(model: PreTrainedModel) -> bool:
+    """Whether a model was loaded from a folder with such a module."""
+    named = getattr(model.config, "auto_map", None) or {}
+    return any(f"{MODULE}." in str(value) for value in named.values())
+
+
 def write_standalone(model: PreTrainedModel, folder: Path) -> None:
     """Add the module to a saved model, and name it in the config.
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_prune.checkpoint.folder import check_output
 from hf_prune.checkpoint.inspect import load_saved
 from hf_prune.checkpoint.save import save_model
+from hf_prune.checkpoint.standalone import is_standalone
 from hf_prune.errors import CheckpointError, NumericsError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.statistics.example import example_batch
@@ -93,7 +94,8 @@ def prune_saved_vocabulary(
     new = {old: index for index, old in enumerate(done.kept)}
     probe = [new[token] for token in probe]
     difference = _check_same(before, _say(model, probe), done.kept)
-    save_model(model, out, tokenizer=done.tokenizer, overwrite=overwrite)
+    standalone = is_standalone(model)
+    save_model(model, out, tokenizer=done.tokenizer, overwrite=overwrite, standalone=standalone)
     return done, [
         f"{len(done.kept)} of {done.before} tokens",
         f"{count_parameters(model)} of {size} parameters",

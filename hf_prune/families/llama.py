@@ -41,7 +41,10 @@ GEMMA3 = Family(
         replace(
             _NORM_AFTER,
             layers="language_model.layers",
-            attention=replace(_ATTENTION, sizes=None),
+            attention=replace(
+                _ATTENTION,
+                sizes=("text_config.num_attention_heads", "text_config.num_key_value_heads"),
+            ),
             ffn=replace(
                 _FFN, sum="post_feedforward_layernorm", size="text_config.intermediate_size"
             ),

@@ -15,6 +15,7 @@ PHI = Family(
                 out="dense",
                 sum="",
                 head_dim="head_dim",
+                sizes=("num_attention_heads", "num_key_value_heads"),
                 empty="block",
             ),
             ffn=Ffn(up=("mlp.fc1",), down="mlp.fc2", sum=""),
@@ -33,6 +34,7 @@ PHI3 = Family(
                 out="o_proj",
                 sum="post_attention_layernorm",
                 head_dim="head_dim",
+                sizes=("num_attention_heads", "num_key_value_heads"),
                 empty="block",
                 kv_counts=("num_key_value_heads",),  # read by forward, as is the next
                 config_counts=("num_attention_heads",),

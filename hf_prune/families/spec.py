@@ -41,9 +41,9 @@ class Attention:
     kv_counts: tuple[str, ...] = ()
     config_counts: tuple[str, ...] = ()
     """Keys of `core.config` that `forward` reads and that hold the number of query heads."""
-    sizes: tuple[str, str] | None = None
+    sizes: tuple[str, ...] = ()
     """Keys of the config by which it can say, for all layers alike, how many query heads and
-    key/value heads there are, without changing anything else; None = it cannot."""
+    key/value heads there are, without changing anything else; () = it cannot."""
     shared_bias: Literal["", "t5", "mpnet"] = ""
     """How a position bias that all layers share reaches the block. Each slices what it kept."""
     empty: Literal["", "block", "context", "t5"] = ""

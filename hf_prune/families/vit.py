@@ -17,6 +17,7 @@ VIT = Family(
                 out="o_proj",
                 sum="layernorm_after",
                 head_dim="head_dim",
+                sizes=("num_attention_heads",),
                 counts=("num_attention_heads",),
             ),
             ffn=Ffn(up=("mlp.fc1",), down="mlp.fc2", sum=""),

@@ -92,7 +92,7 @@ def _head_site(root: nn.Module, place: Place, spec: Attention) -> Site | None:
         attention_width=place.runs * width,
         core=core,
         shared_bias=spec.shared_bias,
-        sizes=((spec.sizes[0], group), (spec.sizes[1], 1)) if spec.sizes else (),
+        sizes=tuple(zip(spec.sizes, (group, 1), strict=False)),
         empty=spec.empty,
         cross=spec is place.stack.cross,
     )

@@ -18,8 +18,12 @@ from transformers import (
 
 import hf_prune.checkpoint.vocabulary as room
 from hf_prune.checkpoint.inspect import check_model
+from hf_prune.checkpoint.save import save_model
 from hf_prune.checkpoint.vocabulary import prune_saved_vocabulary
 from hf_prune.errors import CheckpointError, NumericsError
+from hf_prune.plan import Plan, SitePlan
+from hf_prune.sites import find_sites
+from hf_prune.surgery.remove import remove_units
 from hf_prune_cli import main
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
@@ -33,6 +37,10 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ids = tokenizer(sys.argv[2], return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0]))
 """
+
+TRUSTING = PLAIN.replace(
+    "LM.from_pretrained(sys.argv[1])", "LM.from_pretrained(sys.argv[1], trust_remote_code=True)"
+)
 
 
 @pytest.fixture
@@ -64,6 +72,19 @@ def test_command(saved):
     assert stranger.stdout.startswith(TEXTS[0])
     again = CliRunner().invoke(main, ["vocabulary", *arguments])
     assert (again.exit_code, "--overwrite" in again.output) == (1, True)
+
+
+def test_a_standalone_model_stays_one(saved):
+    model, tokenizer, folder = saved
+    sites = find_sites(model, ["neurons"])
+    plan = Plan("gpt2", {s.name: SitePlan("neurons", s.units, tuple(range(9))) for s in sites})
+    remove_units(model, plan)
+    save_model(model, folder / "alone", tokenizer=tokenizer, standalone=True)
+    prune_saved_vocabulary(folder / "alone", folder / "texts.txt", folder / "new")
+    command = [sys.executable, "-c", TRUSTING, str(folder / "new"), TEXTS[0]]
+    stranger = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert stranger.returncode == 0, stranger.stderr[-2000:]
+    assert stranger.stdout.startswith(TEXTS[0])
 
 
 def test_a_model_that_would_say_something_else_is_not_written(saved, monkeypatch):
