@@ -46,7 +46,7 @@ def _fine_tuned(model: str | None, data: str, samples: int, tested: int, seed: i
     rows = rotten_tomatoes(seed) if data == "rotten-tomatoes" else reuters_r8()
     job = Job(arguments, recipe, model or packaged_model(), rows)
     if model is None:
-        job.train(first, None, 0)
+        job.train(first, (), 0)
     job.dense = job.model.eval()
     return job
 
@@ -110,9 +110,9 @@ def _method(job: Job, method: str, sparsity: float, epochs: float, *, taught: bo
     recovery = _recovery(run, epochs, taught=taught)
     if method == "one_shot":
         run.prune(stage)
-        run.train(recovery, None, 1)
+        run.train(recovery, (), 1)
     else:
-        run.train(recovery, stage, 1)
+        run.train(recovery, (stage,), 1)
     return run
 
 
@@ -125,11 +125,11 @@ def _student(job: Job, init: str, epochs: float, *, taught: bool) -> Job:
         inner = Distill(
             num_train_epochs=epochs / 2, learning_rate=3e-4, alpha=1.0, logits=0.0, **fields
         )
-        run.train(inner, None, 1)
+        run.train(inner, (), 1)
         outer = Distill(num_train_epochs=epochs / 2, learning_rate=1e-4, alpha=1.0, temperature=1.0)
-        run.train(outer, None, 2)
+        run.train(outer, (), 2)
     else:
-        run.train(Train(num_train_epochs=epochs, learning_rate=1e-4), None, 1)
+        run.train(Train(num_train_epochs=epochs, learning_rate=1e-4), (), 1)
     return run
 
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,14 +297,14 @@ class Job:
             return f"{self.arguments.output_dir}.checkpoints/stage-{index}"
         return scratch.enter_context(tempfile.TemporaryDirectory())
 
-    def train(self, stage: Train, prune: Prune | None, index: int) -> None:
+    def train(self, stage: Train, prunes: Sequence[Prune], index: int) -> None:
         """Train the current model, with a teacher, a schedule or masks where the recipe says so."""
         callbacks: list[TrainerCallback] = []
         gradual = None
         if isinstance(stage, Distill):
             callbacks.append(DistillCallback(self.teacher(stage), **distill_fields(stage)))
-        if prune is not None:
-            gradual = PruneCallback(Recipe(seed=self.recipe.seed, stages=(prune, stage)))
+        if prunes:
+            gradual = PruneCallback(Recipe(seed=self.recipe.seed, stages=(*prunes, stage)))
             callbacks.append(gradual)
         if self.masks and not stage.lora_rank:
             callbacks.append(KeepZeros(self.masks))
@@ -396,21 +396,22 @@ class Job:
 
     def run(self) -> Result:
         """All stages of the recipe, then latency."""
-        scheduled: Prune | None = None
+        scheduled: list[Prune] = []
         for index, stage in enumerate(self.recipe.stages):
             logger.info("Stage %d of %d: %s", index + 1, len(self.recipe.stages), stage)
             if isinstance(stage, Student):
                 self.make_student(stage)
             elif isinstance(stage, Prune):
                 self._note_dense(copied=stage.schedule is not None)
-                scheduled = stage if stage.schedule is not None else None
-                if scheduled is None:
+                if stage.schedule is not None:
+                    scheduled.append(stage)
+                else:
                     self.prune(stage)
             else:
                 if self.model is not self.dense and self.plan.sites and self.pruned is None:
                     self._note_pruned()
                 self.train(stage, scheduled, index)
-                scheduled = None
+                scheduled = []
         self._note_layers(shorten_layers_(self.model))  # a gradual stage may have emptied some
         if self.trained_after_pruning:
             self.measure("recovered", self.model)

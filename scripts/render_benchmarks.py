@@ -27,6 +27,12 @@ COLUMNS = (
     ("cpu_seconds_per_layer", "CPU s a layer", "{:.2f}"),
     ("over_two_forward_passes", "over two forward passes", "{:.2f}"),
     ("seconds_of_5000_samples", "CPU s of an epoch of 5,000", "{:.0f}"),
+    ("kills", "killed and resumed", "{:d}"),
+    ("identical", "identical", "{:d}"),
+    ("torn_checkpoints", "newest checkpoint torn", "{:d}"),
+    ("half_models", "half-written models", "{:d}"),
+    ("loss_difference", "largest difference of a loss", "{:.1e}"),
+    ("same_plan", "same plan", "{!s}"),
     ("peak_bytes", "peak bytes", "{:.2e}"),
 )
 """What a row may say, in this order: key, title, format."""

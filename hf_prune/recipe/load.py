@@ -23,6 +23,13 @@ MAX_RECIPE_BYTES = 1 << 20
 Stage = Annotated[Union[Prune, Train, Distill, Student], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
 
 
+def _joint(stage: Prune, following: object) -> bool:
+    """Whether single weights tighten together with the units of a stage, on one schedule."""
+    if not isinstance(following, Prune) or following.structural:
+        return False
+    return stage.structural and following.schedule == stage.schedule
+
+
 class Recipe(Model):
     """An ordered list of stages."""
 
@@ -59,9 +66,10 @@ class Recipe(Model):
             zeros = zeros or not stage.structural
             if stage.schedule and isinstance(following, Train) and following.lora_rank:
                 raise ValueError("lora_rank is for recovery, after the masks have closed")
-            if stage.schedule and not isinstance(following, Train):
+            if stage.schedule and not isinstance(following, Train) and not _joint(stage, following):
                 raise ValueError(
-                    "a prune stage with a schedule needs a train or distill stage after it"
+                    "a prune stage with a schedule needs a train or distill stage after it, or "
+                    "between them one of single weights with the same schedule"
                 )
         return self
 

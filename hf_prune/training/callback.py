@@ -20,6 +20,7 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, Schedule, load_recipe
 from hf_prune.training.aim import selection_from_dict, selection_to_dict
 from hf_prune.training.interrupt import Interrupt
+from hf_prune.training.joint import JointPruning
 from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.rewind import PREFIX, restore_, snapshot
 from hf_prune.training.schedule import bounds, is_due, share
@@ -38,21 +39,29 @@ from hf_prune.weights.masks import count_kept
 logger = logging.getLogger(__name__)
 
 
-def _scheduled_stage(recipe: Recipe) -> Prune:
-    stages = [stage for stage in recipe.prune_stages if stage.schedule is not None]
-    if len(stages) != 1:
+Pruning = StructuredPruning | LearnedPruning | WeightPruning | JointPruning
+
+
+def _scheduled_stages(recipe: Recipe) -> tuple[Prune, ...]:
+    stages = tuple(stage for stage in recipe.prune_stages if stage.schedule is not None)
+    kinds = [stage.structural for stage in stages]
+    joint = kinds == [True, False] and stages[0].schedule == stages[1].schedule
+    if len(stages) != 1 and not joint:
         raise ConfigError(
-            f"PruneCallback needs a recipe with exactly one prune stage that has a schedule; "
-            f"this one has {len(stages)}. Use compress() to prune in one shot, and one callback "
-            "for each gradual stage."
+            f"PruneCallback needs a recipe with exactly one prune stage that has a schedule, or "
+            f"with two of the same schedule, heads and neurons and then weights; this one has "
+            f"{len(stages)}. Use compress() to prune in one shot, and one callback for each "
+            "gradual stage."
         )
-    return stages[0]
+    return stages
 
 
-def _pruning(stage: Prune, seed: int) -> StructuredPruning | LearnedPruning | WeightPruning:
-    if not stage.structural:
-        return WeightPruning(stage)
-    return (StructuredPruning if stage.masks == "scored" else LearnedPruning)(stage, seed)
+def _pruning(stages: tuple[Prune, ...], seed: int) -> Pruning:
+    first = stages[0]
+    if not first.structural:
+        return WeightPruning(first)
+    structure = (StructuredPruning if first.masks == "scored" else LearnedPruning)(first, seed)
+    return JointPruning(structure, WeightPruning(stages[1])) if stages[1:] else structure
 
 
 def _check_arguments(args: Any, stage: Prune) -> None:
@@ -95,7 +104,8 @@ class PruneCallback(TrainerCallback):
     saves a checkpoint, and then raises KeyboardInterrupt.
 
     Args:
-        recipe: a `Recipe`, its path or its data, with exactly one prune stage that has a schedule.
+        recipe: a `Recipe`, its path or its data, with exactly one prune stage that has a schedule;
+            or two, heads and neurons and then weights, which then tighten together.
         resume_from: folder of the checkpoint, when training resumes from another output folder.
 
     Attributes:
@@ -114,12 +124,13 @@ class PruneCallback(TrainerCallback):
         resume_from: "str | os.PathLike[str] | None" = None,
     ) -> None:
         loaded = load_recipe(recipe)
-        self.stage = _scheduled_stage(loaded)
+        self.stages = _scheduled_stages(loaded)
+        self.stage = self.stages[0]
         assert self.stage.schedule is not None  # noqa: S101  # that is how it was found
         self.schedule: Schedule = self.stage.schedule
         self.seed = loaded.seed
         self.resume_from = resume_from
-        self.pruning = _pruning(self.stage, loaded.seed)
+        self.pruning = _pruning(self.stages, loaded.seed)
         self.interrupt = Interrupt()
         self._reset()
 
@@ -133,6 +144,8 @@ class PruneCallback(TrainerCallback):
     @property
     def part(self) -> str:
         """Name of the state beside a checkpoint."""
+        if isinstance(self.pruning, JointPruning):
+            return "joint"
         return "structure" if self.stage.structural else "weights"
 
     @property
@@ -143,7 +156,16 @@ class PruneCallback(TrainerCallback):
     @property
     def masks(self) -> dict[str, Tensor]:
         """Which entries stay, of single weights."""
-        return self.pruning.masks if isinstance(self.pruning, WeightPruning) else {}
+        pruning = self.pruning
+        return pruning.masks if isinstance(pruning, WeightPruning | JointPruning) else {}
+
+    @property
+    def _structure(self) -> StructuredPruning | LearnedPruning | None:
+        """The part of heads and neurons."""
+        pruning = self.pruning
+        if isinstance(pruning, WeightPruning):
+            return None
+        return pruning.structure if isinstance(pruning, JointPruning) else pruning
 
     @property
     def deciding(self) -> bool:
@@ -254,9 +276,9 @@ class PruneCallback(TrainerCallback):
         if metrics[name] >= self.schedule.stop_below:
             self.good = (self.reached, self.selection)
             return
-        assert not isinstance(self.pruning, WeightPruning)  # noqa: S101  # checked by the recipe
+        assert self._structure is not None  # noqa: S101  # checked by the recipe
         self.reached, selection = self.good
-        self.pruning.take(selection)
+        self._structure.take(selection)
         self.pruning.settle()
         self.stopped = True
         _forget_best(state)
@@ -271,21 +293,20 @@ class PruneCallback(TrainerCallback):
     def _finish(self, model: Any, optimizer: Any) -> None:
         names = {id(p): name for name, p in model.named_parameters()}
         self.pruning.finish()
-        if isinstance(self.pruning, WeightPruning):
-            self.plan = Plan(model.config.model_type, weights=count_kept(self.masks))
-        else:
-            nothing = Plan(model.config.model_type)
-            self.plan = nothing if self.selection is None else self.selection.plan
+        sites = {} if self.selection is None else self.selection.plan.sites
+        self.plan = Plan(model.config.model_type, sites, weights=count_kept(self.masks))
         if optimizer is not None:
             rebind_optimizer_(optimizer, names, model)
 
     def figures(self) -> dict[str, float]:
         """What is left now, for logs: sparsity, units by kind, parameters, MACs of units."""
         result = {f"prune/kept_{kind}": float(n) for kind, n in self.pruning.kept().items()}
-        if isinstance(self.pruning, WeightPruning):
-            result["prune/sparsity"] = self.stage.fraction * self.reached
+        if len(self.stages) > 1 or self._structure is None:
+            single = self.stages[-1].fraction * self.reached
+            result["prune/sparsity_of_weights"] = result["prune/sparsity"] = single
+        pruning, selection = self._structure, self.selection
+        if pruning is None:
             return result
-        pruning, selection = self.pruning, self.selection
         gone, macs = 0, 0
         for site in pruning.sites:
             removed = len(selection.plan.sites[site.name].removed) if selection else 0
@@ -303,7 +324,7 @@ class PruneCallback(TrainerCallback):
         return result
 
     def _fingerprint(self, max_steps: int) -> str:
-        text = json.dumps([self.stage.model_dump(mode="json"), self.seed, max_steps])
+        text = json.dumps([[s.model_dump(mode="json") for s in self.stages], self.seed, max_steps])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _save(self, checkpoint: Path, state: Any) -> None:

@@ -30,12 +30,18 @@ MOVEMENT = "movement:"
 
 @dataclass
 class WeightPruning:
-    """The state of a stage of single weights in a running training."""
+    """The state of a stage of single weights in a running training.
+
+    Attributes:
+        inside: by parameter name, flat positions of the entries among which is chosen, where units
+            go in the same training; all others stay as they are. Empty = all entries.
+    """
 
     stage: Prune
     model: nn.Module | None = None
     masks: Masks = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
+    inside: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind, name, known in (
@@ -55,9 +61,10 @@ class WeightPruning:
 
     def start(self, model: nn.Module) -> None:
         """Nothing is masked yet."""
-        self.model, self.masks, self.sums = model, {}, {}
+        self.model, self.masks, self.sums, self.inside = model, {}, {}, {}
 
-    def _weights(self) -> dict[str, Tensor]:
+    def matrices(self) -> dict[str, Tensor]:
+        """What is pruned, by parameter name."""
         assert self.model is not None  # noqa: S101  # start() came first
         single = self.stage.single
         found = find_matrices(
@@ -73,14 +80,14 @@ class WeightPruning:
         """Add what this step moves away from zero; magnitudes are in the weights themselves."""
         if self.stage.criterion != "movement":
             return
-        for name, weight in self._weights().items():
+        for name, weight in self.matrices().items():
             if weight.grad is not None:
                 moved = -(weight * weight.grad).float()
                 self.sums[name] = self.sums[name] + moved if name in self.sums else moved
 
     def _scores(self) -> dict[str, Tensor]:
         """What is ranked: never negative, and zero where nothing stays already."""
-        weights = self._weights()
+        weights = self.matrices()
         if self.stage.criterion != "movement":
             return weights
         if self.sums.keys() != weights.keys():
@@ -94,8 +101,20 @@ class WeightPruning:
         """Choose the entries that stay at `share` of the final sparsity. Zeros never come back."""
         assert self.model is not None  # noqa: S101  # start() came first
         sparsity = self.stage.fraction * share
-        self.masks = magnitude_masks(self._scores(), sparsity, self.stage.solver)
+        scores = self._scores()
+        inside = {name: scores[name].flatten()[places] for name, places in self.inside.items()}
+        chosen = magnitude_masks(inside or scores, sparsity, self.stage.solver)
+        self.masks = {
+            name: self._whole(name, mask) if inside else mask for name, mask in chosen.items()
+        }
         apply_masks_(self.model, self.masks)
+
+    def _whole(self, name: str, mask: Tensor) -> Tensor:
+        """A mask of the entries inside as one of the whole matrix."""
+        shape = self.matrices()[name].shape
+        whole = torch.ones(shape.numel(), dtype=torch.bool, device=mask.device)
+        whole[self.inside[name].flatten()] = mask.flatten()
+        return whole.view(shape)
 
     def after_step(self) -> None:
         """Write the zeros again: the optimizer has just moved them."""
