@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune.budget.solvers import Selection
+from hf_prune.budget.selection import Selection
 from hf_prune.plan import Plan
 from hf_prune.surgery.remove import remove_units
 from hf_prune.training.learned import LearnedPruning
