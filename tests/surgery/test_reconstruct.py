@@ -325,7 +325,7 @@ def nothing_held_out(monkeypatch):
     def none(model, batch):
         return torch.zeros(len(batch["input_ids"]), dtype=torch.bool)
 
-    monkeypatch.setattr(dense_module, "_held_out", none)
+    monkeypatch.setattr(dense_module, "held_out_examples", none)
 
 
 @families

@@ -40,13 +40,16 @@ def test_mixed_precision_changes_no_more_in_the_plan_than_its_rounding(tiny, tmp
     _, plan, _ = run(tiny, tmp_path)
     _, other, model = run(tiny, tmp_path, bf16=True)
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    same, kept = 0, 0
+    same, kept, others = 0, 0, 0
     for name, site in plan.sites.items():
         if site.kind == "heads":
             assert other.sites[name] == site
         same += len(set(site.kept) & set(other.sites[name].kept))
         kept += len(site.kept)
-    assert same >= 0.9 * kept
+        others += len(other.sites[name].kept)
+    # how much a site keeps may move with the rounding too, which differs from machine to machine
+    assert min(kept, others) >= 0.9 * max(kept, others)
+    assert same >= 0.9 * min(kept, others)
 
 
 def test_trackers_see_our_figures(tiny, tmp_path):
