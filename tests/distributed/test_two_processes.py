@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -191,3 +192,37 @@ def test_learning_resuming_and_losses_on_two_processes(tmp_path):
     for name in ("learned", "regrow"):
         assert first[name]["plan"] == alone[name]["plan"]
         assert first[name]["losses"] == pytest.approx(alone[name]["losses"], rel=1e-2)
+
+
+TIMED = {
+    "stages": [
+        {
+            **{k: v for k, v in GRADUAL["stages"][0].items() if k != "sparsity"},
+            "target": {"speedup": 1.3, "macs": "0.8x"},
+            "sequence_length": 8,
+            "solver": "global",
+        },
+        {"stage": "train"},
+    ]
+}
+
+
+def timed_job(folder):
+    """What each process does: no two of them measure the same times."""
+    state = PartialState(cpu=True)
+    os.environ["HF_PRUNE_CACHE"] = f"{folder}/cache-{state.process_index}"
+    found = teach(folder, "timed", TIMED)
+    tables = len(list(Path(folder).glob("cache-*/latency/*.json")))
+    path = Path(folder) / f"timed-{state.process_index}.json"
+    state.wait_for_everyone()
+    path.write_text(json.dumps({**found, "tables": tables}))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="debug_launcher forks")
+def test_times_of_the_main_process_decide_on_all(tmp_path):
+    debug_launcher(timed_job, args=(str(tmp_path),), num_processes=2)
+    first, second = (json.loads((tmp_path / f"timed-{i}.json").read_text()) for i in range(2))
+    assert first == second
+    assert first["tables"] == 1
