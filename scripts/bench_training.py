@@ -18,7 +18,7 @@ from packaged import packaged_model, reuters_r8, rotten_tomatoes
 from hf_prune import Recipe
 from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan
-from hf_prune.recipe import Distill, Prune, Schedule, Student, Train
+from hf_prune.recipe import Distill, Prune, Schedule, Student, Target, Train
 from hf_prune.report.result import measure_stage
 
 METHODS = ("one_shot", "gradual", "movement", "l0")
@@ -34,6 +34,8 @@ STUDENTS = (
 """How a student starts, and whether it is taught."""
 TOKENS = {"rotten-tomatoes": 64, "reuters-r8": 96}
 """Of each text, at most."""
+BATCH = 32
+"""Sequences at once, when time is asked for and measured."""
 
 
 def _fine_tuned(model: str | None, data: str, samples: int, tested: int, seed: int) -> Job:
@@ -60,8 +62,19 @@ def _variant(job: Job) -> Job:
     return other
 
 
-def _prune(method: str, sparsity: float, length: int) -> Prune:
-    common: dict[str, Any] = {"sparsity": sparsity, "of": "layers", "sequence_length": length}
+def _goals(sparsity: Sequence[float], speedup: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """What is asked for, by its name in rows: half and three quarters, if nothing is named."""
+    fractions = sparsity or ((0.5, 0.75) if not speedup else ())
+    goals: dict[str, dict[str, Any]] = {
+        f"{fraction:g}": {"sparsity": fraction, "of": "layers"} for fraction in fractions
+    }
+    return goals | {
+        f"{times:g}x": {"target": Target(speedup=times, batch_size=BATCH)} for times in speedup
+    }
+
+
+def _prune(method: str, goal: dict[str, Any], length: int) -> Prune:
+    common: dict[str, Any] = {**goal, "sequence_length": length}
     if method == "one_shot":
         return Prune(**common)
     common["masks"] = {"gradual": "scored", "movement": "movement", "l0": "l0"}[method]
@@ -86,7 +99,7 @@ def _figures(job: Job, rows: Rows, name: str) -> None:
     assert job.dense is not None  # noqa: S101  # set when it was fine-tuned
     length = job.arguments.max_length
     models = {"dense": job.dense, "this": job.model}
-    times = compare_latency(models, batch_size=32, sequence_length=length, rounds=5)
+    times = compare_latency(models, batch_size=BATCH, sequence_length=length, rounds=5)
     counts, before = measure_stage(job.model, length), measure_stage(job.dense, length)
     found = job.score(job.model)
     dense = rows.data["rows"].get(f"{name.split()[0]} dense", {"accuracy": found})["accuracy"]
@@ -104,9 +117,9 @@ def _figures(job: Job, rows: Rows, name: str) -> None:
     rows.add(name, row)
 
 
-def _method(job: Job, method: str, sparsity: float, epochs: float, *, taught: bool) -> Job:
+def _method(job: Job, method: str, goal: dict[str, Any], epochs: float, *, taught: bool) -> Job:
     run = _variant(job)
-    stage = _prune(method, sparsity, job.arguments.max_length)
+    stage = _prune(method, goal, job.arguments.max_length)
     recovery = _recovery(run, epochs, taught=taught)
     if method == "one_shot":
         run.prune(stage)
@@ -164,21 +177,27 @@ def _start(
 
 @click.command(help=__doc__)
 @_with_options
-@click.option("--sparsity", multiple=True, type=float, default=(0.5, 0.75), show_default=True)
+@click.option("--sparsity", multiple=True, type=float, help="Of the layers; default 0.5, 0.75.")
+@click.option("--speedup", multiple=True, type=float, help="Instead: measured on this machine.")
 @click.option(
     "--method", multiple=True, type=click.Choice(METHODS), default=METHODS, show_default=True
 )
 def methods(
-    out: Path, epochs: float, sparsity: Sequence[float], method: Sequence[str], **how: Any
+    out: Path,
+    epochs: float,
+    sparsity: Sequence[float],
+    speedup: Sequence[float],
+    method: Sequence[str],
+    **how: Any,
 ) -> None:
     """One-shot, gradual, movement and L0, each with and without a teacher."""
     rows, job, title = _start(out, **how)
-    for fraction in sparsity:
+    for wanted, goal in _goals(sparsity, speedup).items():
         for name in method:
             for taught in (True, False):
-                key = f"{title} {name} {fraction:g}{' taught' if taught else ''}"
+                key = f"{title} {name} {wanted}{' taught' if taught else ''}"
                 if key not in rows:
-                    _figures(_method(job, name, fraction, epochs, taught=taught), rows, key)
+                    _figures(_method(job, name, goal, epochs, taught=taught), rows, key)
 
 
 @click.command(help=__doc__)
