@@ -21,7 +21,7 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Schedule, Student, Target, Train
 from hf_prune.report.result import measure_stage
 
-METHODS = ("one_shot", "gradual", "movement", "l0")
+METHODS = ("one_shot", "gradual", "movement", "l0", "l0_coarse")
 SIZES = {"layers": 3, "hidden": 192, "heads": 6, "neurons": 768}
 """Of the student: half the depth and half the width of MiniLM-L6."""
 STUDENTS = (
@@ -77,9 +77,12 @@ def _prune(method: str, goal: dict[str, Any], length: int) -> Prune:
     common: dict[str, Any] = {**goal, "sequence_length": length}
     if method == "one_shot":
         return Prune(**common)
-    common["masks"] = {"gradual": "scored", "movement": "movement", "l0": "l0"}[method]
-    schedule = Schedule(every=1 if method == "l0" else 5, end=0.6)
-    rate = 0.3 if method == "l0" else 0.1
+    learned = method.startswith("l0")
+    common["masks"] = "l0" if learned else {"gradual": "scored", "movement": "movement"}[method]
+    if method == "l0_coarse":
+        common |= {"coarse": ("layers", "blocks"), "min_heads": 0, "min_neurons": 0}
+    schedule = Schedule(every=1 if learned else 5, end=0.6)
+    rate = 0.3 if learned else 0.1
     return Prune(
         **common,
         criterion="taylor",
