@@ -70,11 +70,13 @@ def test_language_models_keep_their_own_count(tiny, tmp_path):
     assert not prepare_trainer(trainer(tiny("bert"), tmp_path)).model_accepts_loss_kwargs
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_sharded_training_is_refused(tiny, tmp_path, name):
+@pytest.mark.parametrize(("name", "title"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
+def test_sharded_training_is_refused(tiny, tmp_path, name, title):
     for callback in (PruneCallback(recipe()), DistillCallback(tiny("bert"))):
         job = trainer(tiny("bert"), tmp_path, callback)
         setattr(job.args, name, "on")
         kind = type(callback).__name__
-        with pytest.raises(ConfigError, match=f"{kind} does not support FSDP or DeepSpeed"):
+        with pytest.raises(
+            ConfigError, match=rf"{kind} does not support {title}: .* Leave {name} out"
+        ):
             callback.on_train_begin(job.args, job.state, job.control, model=job.model)
