@@ -19,6 +19,7 @@ from hf_prune.checkpoint.hook import HfPruneConfig
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import CheckpointError
 from hf_prune.surgery.remove import remove_units
+from hf_prune.training.trainer import prepare_trainer
 
 
 @pytest.fixture
@@ -242,6 +243,32 @@ def test_trainer_resumes_a_pruned_model(name, loaded, inputs_for, tmp_path):
     Trainer(resumed, arguments(4), train_dataset=data).train(resume_from_checkpoint=str(checkpoint))
     for (key, ours), theirs in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_the_best_model_and_resuming_whatever_names_are_on_disk(name, loaded, inputs_for, tmp_path):
+    """The rate is so large that the last checkpoint is not the best: another comes back."""
+    data = Rows(inputs_for(name, lengths=(9, 6, 4, 7) * 2))
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"per_device_train_batch_size": 8, "report_to": [], "use_cpu": True}
+    options |= {"disable_tqdm": True, "lr_scheduler_type": "constant", "max_steps": 3}
+
+    def trainer(model, rate, **more):
+        args = TrainingArguments(str(tmp_path / "run"), learning_rate=rate, **options, **more)
+        return prepare_trainer(Trainer(model, args, train_dataset=data, eval_dataset=data))
+
+    model = loaded(name)
+    job = trainer(model, 0.3, load_best_model_at_end=True)
+    job.train()
+    assert not job.state.best_model_checkpoint.endswith("checkpoint-3")
+    best = auto_class(name).from_pretrained(job.state.best_model_checkpoint)
+    for (key, ours), theirs in zip(model.named_parameters(), best.parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
+    last = auto_class(name).from_pretrained(tmp_path / "run" / "checkpoint-3")
+    resumed = loaded(name)
+    trainer(resumed, 0.3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    for (key, ours), theirs in zip(resumed.named_parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4, msg=key)
 
 
 def test_from_config_is_the_dense_model(loaded, tiny):
