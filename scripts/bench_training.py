@@ -53,7 +53,7 @@ def _fine_tuned(model: str | None, data: str, samples: int, tested: int, seed: i
     return job
 
 
-def _variant(job: Job) -> Job:
+def variant(job: Job) -> Job:
     """The same data and dense model, with nothing done yet."""
     other = copy.copy(job)
     other.model = copy.deepcopy(job.model)
@@ -121,7 +121,7 @@ def _figures(job: Job, rows: Rows, name: str) -> None:
 
 
 def _method(job: Job, method: str, goal: dict[str, Any], epochs: float, *, taught: bool) -> Job:
-    run = _variant(job)
+    run = variant(job)
     stage = _prune(method, goal, job.arguments.max_length)
     recovery = _recovery(run, epochs, taught=taught)
     if method == "one_shot":
@@ -133,7 +133,7 @@ def _method(job: Job, method: str, goal: dict[str, Any], epochs: float, *, taugh
 
 
 def _student(job: Job, init: str, epochs: float, *, taught: bool) -> Job:
-    run = _variant(job)
+    run = variant(job)
     run.report["stages"] = {}
     run.make_student(Student(**SIZES, init=init))  # type: ignore[arg-type]  # checked when it is made
     if taught:
@@ -160,13 +160,14 @@ _options = (
 )
 
 
-def _with_options(function: Any) -> Any:
+def with_options(function: Any) -> Any:
+    """Add the options of `start`, and how long every recovery takes."""
     for option in reversed(_options):
         function = option(function)
     return function
 
 
-def _start(
+def start(
     out: Path, model: str | None, data: str, samples: int, test_samples: int, seed: int
 ) -> tuple[Rows, Job, str]:
     """The rows so far, the dense job, and what names of rows begin with."""
@@ -174,12 +175,12 @@ def _start(
     rows, job = Rows(out), _fine_tuned(model, data, samples, test_samples, seed)
     title = f"{data}:{seed}"
     if f"{title} dense" not in rows:
-        _figures(_variant(job), rows, f"{title} dense")
+        _figures(variant(job), rows, f"{title} dense")
     return rows, job, title
 
 
 @click.command(help=__doc__)
-@_with_options
+@with_options
 @click.option("--sparsity", multiple=True, type=float, help="Of the layers; default 0.5, 0.75.")
 @click.option("--speedup", multiple=True, type=float, help="Instead: measured on this machine.")
 @click.option(
@@ -194,7 +195,7 @@ def methods(
     **how: Any,
 ) -> None:
     """One-shot, gradual, movement and L0, each with and without a teacher."""
-    rows, job, title = _start(out, **how)
+    rows, job, title = start(out, **how)
     for wanted, goal in _goals(sparsity, speedup).items():
         for name in method:
             for taught in (True, False):
@@ -204,10 +205,10 @@ def methods(
 
 
 @click.command(help=__doc__)
-@_with_options
+@with_options
 def students(out: Path, epochs: float, seed: int, **how: Any) -> None:
     """A TinyBERT-style student by its start, and without a teacher; equal steps."""
-    rows, job, title = _start(out, seed=seed, **how)
+    rows, job, title = start(out, seed=seed, **how)
     for init, taught in STUDENTS:
         key = f"{title} student from {init}{' taught' if taught else ''}"
         if key not in rows:

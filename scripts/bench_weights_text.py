@@ -101,7 +101,7 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 PLAIN: dict[str, Any] = {"reconstruct": False, "weights": {"dense_target": False}}
-DIGITS: dict[str, dict[str, Any]] = {
+STAGES: dict[str, dict[str, Any]] = {
     "admm": {},
     "admm, outliers": {"solver": "outliers"},
     "admm, knapsack": {"solver": "knapsack"},
@@ -148,7 +148,7 @@ def digits(out: Path, removed: float) -> None:
         before = _right(dense, held, held_labels)
         rows.add(f"{title} dense", {"accuracy": before, "parameters": total})
         prunable = sum(p.numel() for p in dense.parameters() if p.ndim > 1)
-        for name, fields in DIGITS.items():
+        for name, fields in STAGES.items():
             model, start = copy.deepcopy(dense), time.process_time()
             stage = Prune(units=("weights",), sparsity=removed * total / prunable, **fields)
             prune_stage_(model, stage, list(images[:512].split(64)), 0)

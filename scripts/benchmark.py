@@ -13,11 +13,14 @@ python scripts/benchmark.py training-students runs/training_students.json
 python scripts/benchmark.py training-wnut17 runs/wnut17.json --data DIR
 python scripts/benchmark.py weights-lm runs/benchmark_weights_lm.json --model DIR --text DIR
 python scripts/benchmark.py weights-text runs/weights_text.json --model DIR --data NAME
+python scripts/benchmark.py weights-recovery runs/weights_recovery.json --model DIR --data NAME
 python scripts/benchmark.py weights-layers runs/weights_layers.json --model DIR --text DIR
 python scripts/benchmark.py weights-memory runs/weights_memory.json
 python scripts/benchmark.py weights-digits runs/weights_digits.json
+python scripts/benchmark.py corners runs/corners.json --model DIR --data NAME
 """
 
+import bench_corners
 import bench_curves
 import bench_loading
 import bench_resume
@@ -26,11 +29,13 @@ import bench_structured
 import bench_training
 import bench_weights
 import bench_weights_cost
+import bench_weights_recovery
 import bench_weights_text
 import bench_words
 import click
 
 COMMANDS = {
+    "corners": bench_corners.command,
     "loading": bench_loading.command,
     "step": bench_step.command,
     "structured-text": bench_structured.text,
@@ -44,6 +49,7 @@ COMMANDS = {
     "training-wnut17": bench_words.command,
     "weights-lm": bench_weights.language_model,
     "weights-text": bench_weights_text.text,
+    "weights-recovery": bench_weights_recovery.command,
     "weights-digits": bench_weights_text.digits,
     "weights-layers": bench_weights_cost.layers,
     "weights-memory": bench_weights_cost.memory,

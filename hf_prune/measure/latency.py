@@ -34,16 +34,17 @@ class Latency:
         }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given; on a CPU nothing waits."""
     if device.type in ("cuda", "xpu", "mps"):
         torch.accelerator.synchronize()
 
 
 def _time_ms(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> float:
-    _synchronize(model.device)
+    synchronize(model.device)
     start = time.perf_counter()
     model(**batch)
-    _synchronize(model.device)
+    synchronize(model.device)
     return (time.perf_counter() - start) * 1e3
 
 

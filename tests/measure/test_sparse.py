@@ -1,4 +1,4 @@
-"""Compressed rows give the same, and are used only where they were measured to be faster."""
+"""Sparse kernels give the same, and are used only where they were measured to be faster."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_prune.errors import ConfigError
 from hf_prune.measure import sparse
-from hf_prune.measure.sparse import SparseLinear, use_sparse_
+from hf_prune.measure.sparse import KERNELS, SparseLinear, is_semi_structured, use_sparse_
 from hf_prune.weights.find import find_weights
 from hf_prune.weights.masks import apply_masks_, magnitude_masks
 
@@ -22,7 +22,7 @@ def test_the_same_outputs(bias):
 def times(monkeypatch, *pairs):
     """Let timings be what the test says."""
     given = iter(pairs)
-    monkeypatch.setattr(sparse, "_median_ms", lambda functions, rounds: list(next(given)))
+    monkeypatch.setattr(sparse, "_median_ms", lambda functions, rounds, device: list(next(given)))
 
 
 def pruned(tiny, name, share):
@@ -55,6 +55,49 @@ def test_real_times_are_positive(tiny, inputs_for):
     assert all(t.dense_ms > 0 and t.sparse_ms > 0 for t in timings)
 
 
-def test_elsewhere_than_on_a_cpu(tiny, inputs_for):
-    with pytest.raises(ConfigError, match="compressed rows are for CPUs"):
+def two_of_four(rows, columns, dtype=torch.bfloat16):
+    """A linear layer whose two smallest of any four neighbours are zero."""
+    dense = nn.Linear(columns, rows, dtype=dtype)
+    fours = dense.weight.data.view(rows, -1, 4)
+    fours.scatter_(-1, fours.abs().topk(2, dim=-1, largest=False).indices, 0)
+    return dense
+
+
+def test_two_of_four_is_seen_in_every_group():
+    weight = two_of_four(32, 64).weight.data
+    assert is_semi_structured(weight)
+    at = int((weight[7] == 0).nonzero()[3])
+    weight[7, at] = 1.0
+    assert not is_semi_structured(weight), "three of four in one group of one row"
+    assert not is_semi_structured(torch.zeros(4, 6)), "no groups of four"
+    assert not is_semi_structured(torch.eye(8)[:, [0, 4, 1, 2, 3, 5, 6, 7]] + torch.ones(8, 1))
+
+
+@pytest.mark.parametrize(
+    ("dense", "fits"),
+    [
+        (two_of_four(64, 128), True),
+        (two_of_four(64, 128, torch.float32), False),
+        (two_of_four(48, 128), False),
+        (two_of_four(64, 96), False),
+        (nn.Linear(128, 64, dtype=torch.bfloat16), False),
+    ],
+)
+def test_which_layers_the_kernels_of_cuda_take(dense, fits):
+    assert KERNELS["cuda"].fits(dense) is fits
+
+
+@pytest.mark.gpu
+def test_two_of_four_on_a_device():
+    dense = two_of_four(256, 512).cuda()
+    before = dense.weight.clone()
+    sparse = KERNELS["cuda"].make(dense)
+    inputs = torch.randn(64, 512, dtype=torch.bfloat16, device="cuda")
+    torch.testing.assert_close(sparse(inputs), dense(inputs), atol=0.05, rtol=0.05)
+    assert torch.equal(dense.weight, before)
+    assert sparse.bias is dense.bias
+
+
+def test_on_a_device_without_a_kernel(tiny, inputs_for):
+    with pytest.raises(ConfigError, match="no sparse kernel is known for 'meta'"):
         use_sparse_(tiny("bert").to("meta"), inputs_for("bert"))
