@@ -1,7 +1,10 @@
 """Inputs that every model takes, for measuring it and for comparing it with another."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+
+from hf_prune.errors import ConfigError
 
 
 def _samples(model: PreTrainedModel, tokens: int) -> int:
@@ -19,6 +22,19 @@ def _picture(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
     return torch.zeros(batch_size, config.num_channels, config.image_size, config.image_size)
 
 
+def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
+    """Refuse more tokens than a table of positions has; rotary and relative positions have none."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or sequence_length <= most:
+        return
+    tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    if most in tables:
+        raise ConfigError(
+            f"sequence_length={sequence_length} is more than the {most} positions of "
+            f"{type(model).__name__}: set sequence_length to the number of tokens that it will see."
+        )
+
+
 def example_batch(
     model: PreTrainedModel, batch_size: int, sequence_length: int
 ) -> dict[str, torch.Tensor]:
@@ -26,7 +42,11 @@ def example_batch(
 
     Encoder-decoders get as many for the decoder. Images, and sound for Whisper, have the one size
     that their model takes, whatever the length.
+
+    Raises:
+        ConfigError: when the model has fewer positions.
     """
+    _check_length(model, sequence_length)
     config, inputs = model.config, {}
     if model.main_input_name == "input_values":
         inputs["input_values"] = torch.zeros(batch_size, _samples(model, sequence_length))

@@ -24,15 +24,19 @@ def output_tensor(value: object) -> Tensor:
     return value
 
 
-def projected(model: nn.Module, batch: Inputs, seed: int) -> Tensor:
-    """A random projection of the outputs of each example, summed."""
+def projected(model: nn.Module, batch: Inputs, seed: int, index: int) -> Tensor:
+    """A random projection of the outputs of each example, summed.
+
+    Directions are drawn from the content of an example where that is known; of the batches of other
+    modules each has directions of its own, by its number `index`.
+    """
     if isinstance(model, PreTrainedModel) and isinstance(batch, Mapping):
         moved = to_device(batch, model.device)
         output = model(**forward_kwargs(model, moved, labels=False))
         return project_output(model, moved, output, seed).sum()
     output = output_tensor(call_model(model, batch))
     signs = torch.randint(
-        2, output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int64
+        2, output.shape, generator=torch.Generator().manual_seed(seed + index), dtype=torch.int64
     )
     return (output * (signs.to(output.device) * 2 - 1)).sum()
 
@@ -78,15 +82,18 @@ def gradient_scores(
     for index, batch in enumerate(batches):
         with torch.enable_grad():
             first_order = criterion == "sensitivity"
-            value = _loss(model, batch) if first_order else projected(model, batch, seed + index)
+            value = _loss(model, batch) if first_order else projected(model, batch, seed, index)
         found = torch.autograd.grad(value, parameters, allow_unused=True)
         for matrix, gradient in zip(matrices, found, strict=True):
             if gradient is not None:
                 sums[matrix.name] += gradient if first_order else gradient.square()
     model.train(training)
     result = {}
+    count = float(
+        sum_over_processes(torch.tensor(float(len(batches)), device=parameters[0].device))
+    )
     for matrix in matrices:
-        total = sum_over_processes(sums[matrix.name]) / len(batches)
+        total = sum_over_processes(sums[matrix.name]) / count
         if not torch.isfinite(total).all():
             raise NumericsError(f"{matrix.name}: the gradient is not finite.")
         weight = matrix.parameter.detach().float()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import NumericsError, UnsupportedModelError
+from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.weights.find import Matrix, set_values_
 from hf_prune.weights.inputs import real_rows
 from hf_prune.weights.patterns import Pattern, keep
@@ -21,7 +22,7 @@ from hf_prune.weights.patterns import Pattern, keep
 def _squares(
     modules: Mapping[str, nn.Module], run: Callable[[int], Any], masks: Sequence[Tensor | None]
 ) -> dict[str, Tensor]:
-    """The mean square of every input of each module over real tokens, `[C]` in float64."""
+    """The mean square of every input over real tokens of all processes, `[C]` in float64."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(modules, 0)
     mask: list[Tensor | None] = [None]
@@ -42,7 +43,11 @@ def _squares(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: value / max(counts[name], 1) for name, value in sums.items()}
+    found = {}
+    for name, value in sums.items():
+        count = sum_over_processes(torch.tensor([float(counts[name])], device=value.device))
+        found[name] = sum_over_processes(value) / count.clamp(min=1)
+    return found
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def measure_sensitivity(
             traced(model, names) as trace,
             _watched_outputs(model, names, found),
         ):
-            value = projected(model, batch, seed + index)
+            value = projected(model, batch, seed, index)
         sources = sources or _sources(model, matrices, trace)
         gradients = torch.autograd.grad(value, list(found.values()), allow_unused=True)
         for name, gradient in zip(found, gradients, strict=True):
@@ -135,9 +135,8 @@ def measure_sensitivity(
                 sums[matrix.name].add([x for x, _ in pairs])
     model.train(training)
     grams = {matrix.name: sums[matrix.name].means() for matrix in dict.fromkeys(sources.values())}
-    return {
-        m.name: Sensitivity(
-            grams[sources[m.name].name], energy[m.module] / max(counts[m.module], 1)
-        )
-        for m in matrices
-    }
+    device = next(model.parameters()).device
+    felt = torch.tensor([[energy[n], counts[n]] for n in names], dtype=torch.float64, device=device)
+    felt = sum_over_processes(felt)  # [modules, 2]
+    weights = dict(zip(names, (felt[:, 0] / felt[:, 1].clamp(min=1)).tolist(), strict=True))
+    return {m.name: Sensitivity(grams[sources[m.name].name], weights[m.module]) for m in matrices}

@@ -51,6 +51,39 @@ GRADUAL = {
 }
 
 
+WEIGHTS = {
+    "admm": {"criterion": "admm"},
+    "admm, knapsack": {"criterion": "admm", "solver": "knapsack"},
+    "admm, outliers": {"criterion": "admm", "solver": "outliers"},
+    "sparsegpt": {"criterion": "sparsegpt"},
+    "wanda by norms": {
+        "criterion": "wanda",
+        "reconstruct": False,
+        "weights": {"dense_target": False},
+    },
+    "fisher_diagonal": {"criterion": "fisher_diagonal", "solver": "global"},
+    "polish": {"criterion": "wanda", "weights": {"polish_steps": 3}},
+}
+"""Every way by which single weights read data."""
+
+
+def zeros(trained):
+    """Where a network is zero, as one string of bits."""
+    matrices = [p.detach().flatten() == 0 for p in trained.parameters() if p.ndim == 2]
+    return "".join(str(int(bit)) for bit in torch.cat(matrices))
+
+
+def single_weights(mine):
+    """By method, the zeros and the sum of weights of a network with half of its weights gone."""
+    figures = {}
+    for name, fields in WEIGHTS.items():
+        stage = {"stage": "prune", "units": ["weights"], "sparsity": 0.5, **fields}
+        stage["sequence_length"] = 16
+        found = compress(model(), {"stages": [stage]}, mine).model
+        figures[name] = {"zeros": zeros(found), "sum": checksum(found)}
+    return figures
+
+
 def checksum(trained):
     return float(sum(p.detach().double().abs().sum() for p in trained.parameters()))
 
@@ -81,6 +114,7 @@ def job(folder):
         "one_shot_weights": checksum(shot.model),
         "gradual": callback.plan.fingerprint(),
         "gradual_weights": checksum(student),
+        "weights": single_weights(mine),
     }
     (Path(folder) / f"{world}-{rank}.json").write_text(json.dumps(figures))
 
@@ -95,10 +129,17 @@ def test_two_processes_agree_with_one(tmp_path):
         json.loads((tmp_path / name).read_text()) for name in ("2-0.json", "2-1.json", "1-0.json")
     )
     assert first["world"] == second["world"] == 2
+    for name, here in first["weights"].items():
+        assert here == second["weights"][name], f"{name}: the same zeros and weights on both ranks"
     assert first == second, "both ranks have the same plans and the same weights"
     for name in ("one_shot", "gradual"):
         assert first[name] == alone[name]
     assert first["one_shot_weights"] == pytest.approx(alone["one_shot_weights"], rel=1e-4)
+    for name, here in first["weights"].items():
+        there = alone["weights"][name]
+        pairs = list(zip(here["zeros"], there["zeros"], strict=True))
+        assert sum(a == b for a, b in pairs) / len(pairs) > AGREEMENT, name
+        assert here["sum"] == pytest.approx(there["sum"], rel=1e-2), name
 
 
 LEARNED = {
@@ -120,6 +161,10 @@ REGROW = {
         {"stage": "train"},
     ]
 }
+
+
+AGREEMENT = 0.99
+"""Of zeros with one process and with two: sums of another order decide near ties otherwise."""
 
 
 class Stop(TrainerCallback):

@@ -5,6 +5,7 @@ import torch
 from tinies import CORE
 from torch import nn
 
+from hf_prune.errors import ConfigError
 from hf_prune.measure.counts import (
     count_bytes,
     count_encoder_parameters,
@@ -115,3 +116,15 @@ def test_bytes(tiny, uneven_plan):
     remove_units(model, uneven_plan(model))
     gone = 4 * (dense - count_parameters(model))
     assert abs(before - count_bytes(model) - gone) < 1024
+
+
+def test_more_tokens_than_positions_are_refused(tiny):
+    most = tiny("bert").config.max_position_embeddings
+    with pytest.raises(
+        ConfigError, match=rf"sequence_length={most + 1} is more than the {most} pos"
+    ):
+        example_batch(tiny("bert"), 1, most + 1)
+    assert example_batch(tiny("bert"), 1, most)["input_ids"].shape == (1, most)
+    rotary = tiny("llama")
+    length = rotary.config.max_position_embeddings + 1
+    assert example_batch(rotary, 1, length)["input_ids"].shape == (1, length)
