@@ -4,6 +4,8 @@ python scripts/render_benchmarks.py        # reads docs/benchmarks/*.json
 """
 
 import json
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,72 @@ COLUMNS = (
     ("peak_bytes", "peak bytes", "{:.2e}"),
 )
 """What a row may say, in this order: key, title, format."""
+
+
+_LEVEL = r"(?P<level>\d\.\d+ of the encoder|[\d.]+x|\d:\d|0\.\d+)"
+GRIDS: dict[str, tuple[re.Pattern[str], str, str]] = {
+    "structured_rotten_tomatoes": (
+        re.compile(rf"[\w-]+ {_LEVEL} (?P<method>.+) seed \d"),
+        "kept_of_dense",
+        "{:.3f}",
+    ),
+    "weights_rotten_tomatoes": (
+        re.compile(rf"[\w-]+ {_LEVEL} (?P<method>.+) seed \d"),
+        "kept_of_dense",
+        "{:.3f}",
+    ),
+    "structured_smollm2": (re.compile(rf"{_LEVEL} (?P<method>.+)"), "perplexity", "{:.1f}"),
+    "weights_smollm2": (re.compile(rf"{_LEVEL} (?P<method>.+)"), "perplexity", "{:.1f}"),
+    "weights_recovery": (
+        re.compile(rf"[\w-]+:\d {_LEVEL} (?P<method>.+)"),
+        "kept_of_dense",
+        "{:.3f}",
+    ),
+    "training_methods": (
+        re.compile(rf"[\w-]+:\d (?P<method>\w+) {_LEVEL}(?P<how> taught)?"),
+        "kept_of_dense",
+        "{:.3f}",
+    ),
+}
+"""Files whose rows are methods at levels: how a row is named, what a cell is, and its format."""
+GRIDS["structured_reuters_r8"] = GRIDS["structured_rotten_tomatoes"]
+GRIDS["weights_reuters_r8"] = GRIDS["weights_rotten_tomatoes"]
+TITLES = {
+    "kept_of_dense": "Share of the dense accuracy that is kept",
+    "perplexity": "Perplexity",
+}
+"""Of the cells of a grid."""
+
+
+def grid(rows: dict[str, dict[str, Any]], name: str) -> list[str]:
+    """Methods as rows and levels as columns, the median over seeds in each cell; and the rest."""
+    pattern, key, form = GRIDS[name]
+    cells: dict[str, dict[str, list[float]]] = {}
+    levels: list[str] = []
+    others = {}
+    for title, row in rows.items():
+        found = pattern.fullmatch(title)
+        if found is None or key not in row:
+            others[title] = row
+            continue
+        parts = found.groupdict()
+        method = parts["method"] + (parts.get("how") or "")
+        cells.setdefault(method, {}).setdefault(parts["level"], []).append(row[key])
+        levels += [parts["level"]] * (parts["level"] not in levels)
+    seeds = max((len(v) for line in cells.values() for v in line.values()), default=1)
+    lines = [["", *levels], ["---"] * (len(levels) + 1)]
+    for method, line in cells.items():
+        values = (line.get(level) for level in levels)
+        lines.append([method, *(_cell(v, form, alone=seeds == 1) for v in values)])
+    made = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    count = "" if seeds == 1 else ", median over seeds (their number)"
+    return [*([table(others)] if others else []), f"{TITLES[key]}{count}:", made]
+
+
+def _cell(values: list[float] | None, form: str, *, alone: bool) -> str:
+    if values is None:
+        return ""
+    return form.format(statistics.median(values)) + ("" if alone else f" ({len(values)})")
 
 
 def _values(row: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +142,9 @@ def main() -> None:
         data = json.loads(path.read_text(encoding="utf-8"))
         versions = data["environment"]["versions"]
         about = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
-        parts += [f"## {path.stem}", about + ".", table(data["rows"])]
+        known = path.stem in GRIDS
+        shown = grid(data["rows"], path.stem) if known else [table(data["rows"])]
+        parts += [f"## {path.stem}", about + ".", *shown]
     (ROOT / "docs" / "benchmarks.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
