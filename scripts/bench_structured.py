@@ -38,6 +38,8 @@ from hf_prune.recipe import Prune, load_recipe
 from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.dense import DenseTargets
 
+AS_IT_IS = ", no re-fit"
+"""Ends the names of methods after which nothing is re-fitted, as they were published."""
 METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs knapsack": ("kfac_obs", "knapsack"),
     "kfac_obs global": ("kfac_obs", "global"),
@@ -53,6 +55,15 @@ METHODS: dict[str, tuple[str, str]] = {
     "activation_norm uniform": ("activation_norm", "uniform"),
     "magnitude uniform": ("magnitude", "uniform"),
     "random uniform": ("random", "uniform"),
+}
+METHODS |= {
+    f"{name}{AS_IT_IS}": METHODS[name]
+    for name in (
+        "taylor knapsack",
+        "activation_norm uniform",
+        "magnitude uniform",
+        "random uniform",
+    )
 }
 """What is compared, best first, so that an interrupted run has the most telling rows."""
 TEMPLATE = {"pattern": "uniform_width", "multiple": 64}
@@ -82,6 +93,7 @@ def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
         "min_neurons": 16,
         **({"template": TEMPLATE} if solver == "template" else {}),
         "sequence_length": TOKENS,
+        "reconstruct": not method.endswith(AS_IT_IS),
         **goal,
         **options,
     }
