@@ -24,14 +24,26 @@ from hf_prune.report.result import measure_stage
 METHODS = ("one_shot", "gradual", "movement", "l0", "l0_coarse")
 SIZES = {"layers": 3, "hidden": 192, "heads": 6, "neurons": 768}
 """Of the student: half the depth and half the width of MiniLM-L6."""
+TEACHINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "": ({},),
+    " taught": ({"alpha": 0.5, "temperature": 2.0},),
+    " taught in two steps": (
+        {"alpha": 1.0, "logits": 0.0, "hidden": 1.0, "embeddings": 1.0, "attention": 1.0},
+        {"alpha": 0.5, "temperature": 2.0},
+    ),
+}
+"""Of students, by what it adds to the name of a row: the stages, of which `{}` has no teacher. The
+two steps are those of TinyBERT, what is inside first; each takes half of the training steps."""
 STUDENTS = (
-    ("teacher", True),
-    ("normal", True),
-    ("xavier", True),
-    ("teacher", False),
-    ("normal", False),
+    ("teacher", " taught"),
+    ("teacher", ""),
+    ("normal", " taught"),
+    ("normal", ""),
+    ("teacher", " taught in two steps"),
+    ("normal", " taught in two steps"),
+    ("xavier", " taught"),
 )
-"""How a student starts, and whether it is taught."""
+"""How a student starts, and how it is taught."""
 TOKENS = {"rotten-tomatoes": 64, "reuters-r8": 96}
 """Of each text, at most."""
 BATCH = 32
@@ -94,7 +106,7 @@ def _prune(method: str, goal: dict[str, Any], length: int) -> Prune:
 
 def _recovery(job: Job, epochs: float, *, taught: bool) -> Train:
     fields: dict[str, Any] = {"num_train_epochs": epochs, "learning_rate": 1e-4}
-    return Distill(**fields, temperature=2.0, alpha=0.9) if taught else Train(**fields)
+    return Distill(**fields, temperature=2.0, alpha=0.5) if taught else Train(**fields)
 
 
 def _figures(job: Job, rows: Rows, name: str) -> None:
@@ -132,20 +144,14 @@ def _method(job: Job, method: str, goal: dict[str, Any], epochs: float, *, taugh
     return run
 
 
-def _student(job: Job, init: str, epochs: float, *, taught: bool) -> Job:
+def _student(job: Job, init: str, teaching: str, epochs: float) -> Job:
     run = variant(job)
     run.report["stages"] = {}
     run.make_student(Student(**SIZES, init=init))  # type: ignore[arg-type]  # checked when it is made
-    if taught:
-        fields: dict[str, Any] = {"hidden": 1.0, "embeddings": 1.0, "attention": 1.0}
-        inner = Distill(
-            num_train_epochs=epochs / 2, learning_rate=3e-4, alpha=1.0, logits=0.0, **fields
-        )
-        run.train(inner, (), 1)
-        outer = Distill(num_train_epochs=epochs / 2, learning_rate=1e-4, alpha=1.0, temperature=1.0)
-        run.train(outer, (), 2)
-    else:
-        run.train(Train(num_train_epochs=epochs, learning_rate=1e-4), (), 1)
+    stages = TEACHINGS[teaching]
+    for index, fields in enumerate(stages, 1):
+        common: dict[str, Any] = {"num_train_epochs": epochs / len(stages), "learning_rate": 5e-4}
+        run.train(Distill(**common, **fields) if fields else Train(**common), (), index)
     return run
 
 
@@ -209,8 +215,8 @@ def methods(
 def students(out: Path, epochs: float, seed: int, **how: Any) -> None:
     """A TinyBERT-style student by its start, and without a teacher; equal steps."""
     rows, job, title = start(out, seed=seed, **how)
-    for init, taught in STUDENTS:
-        key = f"{title} student from {init}{' taught' if taught else ''}"
+    for init, teaching in STUDENTS:
+        key = f"{title} student from {init}{teaching}"
         if key not in rows:
             torch.manual_seed(seed)
-            _figures(_student(job, init, epochs, taught=taught), rows, key)
+            _figures(_student(job, init, teaching, epochs), rows, key)
