@@ -78,13 +78,14 @@ def language_model(out: Path, levels: str, methods: str, polish: int, **about: A
     for level in levels.split(","):
         for name in chosen:
             key = f"{level} {name}" + (f" {sequences} sequences" if sequences != 32 else "")
-            if key in case.rows:
+            polished = f"{key}, {polish} steps on norms" if polish else key
+            if key in case.rows and polished in case.rows:
                 continue
             model = case.model()
             row = prune_copy(model, case.calibration, level, {**METHODS[name], "rows": True}, ())
             case.rows.add(key, {"perplexity": perplexity(model, case.test), **row})
             if polish:
-                add_polished(case, key, model, polish)
+                add_polished(case, polished, model, polish)
 
 
 def add_polished(case: LanguageCase, key: str, model: PreTrainedModel, steps: int) -> None:
@@ -94,4 +95,4 @@ def add_polished(case: LanguageCase, key: str, model: PreTrainedModel, steps: in
     found = polish_(model, case.model(), single, steps=steps)
     seconds = time.process_time() - cpu
     row = {"perplexity": perplexity(model, case.test), "cpu_seconds": seconds, **found}
-    case.rows.add(f"{key}, {steps} steps on norms", row)
+    case.rows.add(key, row)
