@@ -99,6 +99,7 @@ def one(**change):
         (one(of="layers", cost="macs"), "of: layers is for cost: parameters"),
         (one(min_heads=-1), r"stages\.0\.min_heads: .*greater than or equal to 0"),
         (one(floors={"*": -1}), r"stages\.0\.floors\.\*: .*greater than or equal to 0"),
+        (one(units=["weights"], floors={"*": 1}), "leave weights out with ignore"),
         (one(floors=3), r"stages\.0\.floors: Input should be an object"),
         (one(units=["experts", "expert_neurons"]), "share their parameters.*write two stages"),
         (one(units=["experts"], schedule={}), "experts and their neurons go in one shot"),

@@ -5,7 +5,7 @@ frozen, and survives a round trip through YAML. This room does not import torch.
 """
 
 from hf_prune.recipe.load import MAX_RECIPE_BYTES, Recipe, Stage, explain, load_recipe
-from hf_prune.recipe.names import did_you_mean
+from hf_prune.recipe.names import Names, did_you_mean
 from hf_prune.recipe.prune import (
     UNITS,
     Floor,
@@ -37,6 +37,7 @@ __all__ = [
     "Ends",
     "EveryHead",
     "Floor",
+    "Names",
     "Prune",
     "Recipe",
     "Rule",

@@ -235,7 +235,9 @@ class Prune(Model):
     even: bool = False
     """All layers of a stack keep the same number of heads, and of neurons."""
     ignore: tuple[str, ...] = ()
-    """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone."""
+    """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone. They may speak
+    of parts that are not prunable, or of another task (`classifier*`); what fits nothing else is an
+    error."""
     calibration_samples: int = Field(default=512, ge=1)
     """Examples to use at most."""
     projections: int = Field(default=1, ge=1)
@@ -327,6 +329,8 @@ class Prune(Model):
     def _one_goal(self) -> "Prune":
         if self.weights is not None and self.structural:
             raise ValueError("weights: is for a stage of single weights, units: [weights]")
+        if self.floors and not self.structural:
+            raise ValueError("floors are of heads and neurons: leave weights out with ignore")
         implied = self._implied
         if implied is not None and self.sparsity not in (None, implied):
             raise ValueError(
