@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.gates import attach_gates
+from hf_prune.gates.attach import attach_gates
 from hf_prune.sites import Site, find_sites
 from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
 from hf_prune.statistics.collect import collect

@@ -11,11 +11,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
 from hf_prune.recipe.names import did_you_mean
-from hf_prune.recipe.prune import Floor, Prune, Schedule, Target, Weights
+from hf_prune.recipe.prune import Prune
+from hf_prune.recipe.schedule import Schedule
+from hf_prune.recipe.target import Floor, Target
 from hf_prune.recipe.template import PATTERNS
 from hf_prune.recipe.template import known_keys as known_template_keys
 from hf_prune.recipe.text import dump_yaml, parse_yaml
 from hf_prune.recipe.train import Distill, Student, Train
+from hf_prune.recipe.weights import Weights
 
 MAX_RECIPE_BYTES = 1 << 20
 """A recipe file larger than this is refused before it is parsed."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prune.gates import check_plan, sites_for
+from hf_prune.gates.plans import check_plan, sites_for
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import (
     HIDDEN,

@@ -9,7 +9,7 @@ from tinies import EAGER_ONLY, auto_class
 
 from hf_prune import compress
 from hf_prune.errors import CheckpointError, ConfigError, PlanError
-from hf_prune.gates import masked
+from hf_prune.gates.plans import masked
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import load_recipe
