@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.budget.prepare import check_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
 from hf_prune.oneshot import Metric, analyse, prune_once
 from hf_prune.plan import Plan
-from hf_prune.recipe import Prune, Recipe, load_recipe
+from hf_prune.recipe import Prune, Recipe, Vocabulary, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.search.experience import Experience
 from hf_prune.sites import HIDDEN, find_sites
@@ -21,9 +21,13 @@ from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.dead import remove_dead_
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
+from hf_prune.surgery.vocabulary_stage import narrow_masks, prune_vocabulary_stage, texts_of
 from hf_prune.training.polish import polish_
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
+
+LENGTH = 32
+"""Tokens of the sequence whose MACs are counted where no stage says it."""
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -32,7 +36,7 @@ def check_stages(recipe: Recipe) -> None:
     Raises:
         ConfigError: for an unknown criterion or solver, or a recipe that prunes nothing.
     """
-    if not recipe.prune_stages:
+    if not recipe.prune_stages and recipe.vocabulary is None:
         raise ConfigError("the recipe has no prune stage: there is nothing to do.")
     for stage in recipe.prune_stages:
         if stage.structural:
@@ -94,14 +98,15 @@ def _check(
 def _start_report(
     model: PreTrainedModel, recipe: Recipe, batches: Sequence[Batch]
 ) -> dict[str, Any]:
-    length = max(stage.sequence_length for stage in recipe.prune_stages)
+    length = max((stage.sequence_length for stage in recipe.prune_stages), default=LENGTH)
     report = new_report(recipe, model)
     report["sequence_length"] = length
     report["calibration_samples"] = sum(len(next(iter(batch.values()))) for batch in batches)
     report["left_to_trainer"] = [
         "schedule" if isinstance(stage, Prune) else stage.stage
         for stage in recipe.stages
-        if not isinstance(stage, Prune) or stage.schedule
+        if (isinstance(stage, Prune) and stage.schedule)
+        or not isinstance(stage, Prune | Vocabulary)
     ]
     report["stages"]["dense"] = measure_stage(model, length)
     return report
@@ -140,6 +145,8 @@ def compress(
     *,
     metric: Metric | None = None,
     experience: "str | os.PathLike[str] | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Iterable[str] | None = None,
 ) -> Result:
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
@@ -155,6 +162,9 @@ def compress(
         metric: from a model to a number, higher = better; for stages with a `floor`.
         experience: a local file of past searches above a floor, made when it is not there. The
             search starts where that of the most similar model of the same family ended.
+        tokenizer: of the model; the result has it. A stage `vocabulary` needs it, and the result
+            then has a smaller one.
+        texts: what the model is to be used for, where such a stage names no file of them.
 
     Returns:
         The smaller model, the plan in the numbering of the given model, and a report with exact
@@ -168,6 +178,10 @@ def compress(
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
     recipe = _check(model, recipe)
+    if recipe.vocabulary is not None:
+        texts = texts_of(recipe.vocabulary, texts)
+        if tokenizer is None:
+            raise ConfigError("the recipe prunes the vocabulary: pass the tokenizer of the model.")
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
     store = None if experience is None else Experience(os.fspath(experience))
@@ -176,8 +190,13 @@ def compress(
     masks = moved_parameters(pruned, masks, layers)
     if recipe.portable:
         make_plain_(pruned)
+    if recipe.vocabulary is not None and tokenizer is not None and texts is not None:
+        pruned = copy.deepcopy(model) if pruned is model else pruned
+        left, entry = prune_vocabulary_stage(pruned, tokenizer, recipe.vocabulary, texts)
+        tokenizer, masks = left.tokenizer, narrow_masks(pruned, masks, left.kept)
+        report["pruning"].append(entry)
     report["stages"]["pruned"] = measure_stage(pruned, report["sequence_length"])
-    return Result(pruned, plan, report, recipe, masks, layers=layers)
+    return Result(pruned, plan, report, recipe, masks, tokenizer, layers)
 
 
 def compress_family(
@@ -208,6 +227,10 @@ def compress_family(
     recipe = _check(model, recipe)
     if len(recipe.prune_stages) != 1 or not recipe.prune_stages[0].structural:
         raise ConfigError("a family of models needs a recipe with one prune stage, not of weights.")
+    if recipe.vocabulary is not None:
+        raise ConfigError(
+            "a family shares one vocabulary: leave the stage out, prune it afterwards."
+        )
     stages = [_with_target(recipe.prune_stages[0], target) for target in targets]
     batches = _calibration(model, recipe, calibration)
     analysis = analyse(model, stages[0], batches, recipe.seed)

@@ -114,6 +114,12 @@ def one(**change):
         (one(schedule={"start": 0.7, "end": 0.6}), r"start=0\.7 must be smaller than end=0\.6"),
         (one(schedule={}), "schedule needs a train or distill stage after it"),
         ({"stages": []}, "stages is empty"),
+        ({"stages": [{"stage": "vocabulary"}, PRUNE]}, "vocabulary is the last stage"),
+        ({"stages": [PRUNE, {"stage": "vocabulary", "at_most": 0}]}, "at_most: .*greater than or"),
+        (
+            {"stages": [{"stage": "vocabulary", "atleast": 2}]},
+            "unknown key; did you mean 'at_least'",
+        ),
         ({}, "stages: Field required"),
         ({"stages": [{"stage": "prun"}]}, r"stages\.0: .*'prun'.*'prune', 'train', 'distill'"),
         ({"stages": [PRUNE], "hf_prune": 2}, "hf_prune: Input should be 1"),

@@ -20,6 +20,7 @@ from hf_prune.recipe.template import (
 )
 from hf_prune.recipe.text import MAX_RECIPE_DEPTH, parse_yaml
 from hf_prune.recipe.train import Distill, Student, Train
+from hf_prune.recipe.vocabulary import Vocabulary
 from hf_prune.recipe.weights import Weights
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Template",
     "Train",
     "UniformWidth",
+    "Vocabulary",
     "Weights",
     "count_to_remove",
     "did_you_mean",
