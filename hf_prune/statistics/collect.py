@@ -26,6 +26,7 @@ from hf_prune.statistics.batches import (
     to_device,
 )
 from hf_prune.statistics.projection import project_output
+from hf_prune.statistics.streams import in_eval
 
 Statistics = dict[str, dict[str, Tensor]]
 """By site, then by name of the statistic."""
@@ -304,16 +305,14 @@ def _check_visible(sites: Sequence[Site], names: Collection[str]) -> None:
 
 def _run(run: _Pass, batches: Iterable[Batch]) -> None:
     """Run all batches in eval mode; those of fused experts one example at a time."""
-    model, fused = run.model, any(site.kind in EXPERT_KINDS for site in run.sites)
-    training = model.training
-    model.eval()
+    fused = any(site.kind in EXPERT_KINDS for site in run.sites)
     try:
-        for batch in batches:
-            for part in one_by_one(model, batch) if fused else [batch]:
-                run.add(part)
+        with in_eval(run.model):
+            for batch in batches:
+                for part in one_by_one(run.model, batch) if fused else [batch]:
+                    run.add(part)
     finally:
         run.close()
-        model.train(training)
 
 
 def _means(run: _Pass) -> Statistics:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_prune.errors import ConfigError, DataError, NumericsError, PlanError
 from hf_prune.recipe import Vocabulary as Stage
 from hf_prune.statistics.example import example_batch
+from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.vocabulary import Vocabulary, choose_tokens, count_tokens, prune_vocabulary
 
 _PROBE = 16
@@ -54,9 +55,8 @@ def _say(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     for name in ("input_ids", "decoder_input_ids"):
         if name in batch:
             batch[name] = torch.tensor([tokens], device=model.device)  # [1, T]
-    training = model.training
-    output = model.eval()(**batch)
-    model.train(training)
+    with in_eval(model):
+        output = model(**batch)
     found: Tensor = next(output[key] for key in _OUTPUTS if key in output)
     return found
 

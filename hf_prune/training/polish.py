@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError, NumericsError
 from hf_prune.statistics.batches import Batch, forward_kwargs, sequence_mask, to_device
-from hf_prune.statistics.streams import both_in_eval
+from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.dense import held_out_examples
 from hf_prune.training.losses import distillation_loss
 
@@ -47,15 +46,6 @@ def _divergence(
     return distillation_loss(logits, wanted, 1.0, counted), int(counted.sum())
 
 
-def _over_processes(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
-    if PartialState().num_processes == 1:
-        return value
-    total = reduce(value, reduction="sum")
-    assert isinstance(total, Tensor)  # noqa: S101  # a tensor in, a tensor out
-    return total
-
-
 @dataclass
 class _Polish:
     """A pruned network beside the dense one, and which examples judge."""
@@ -73,7 +63,7 @@ class _Polish:
             if bool(judges.any()):
                 loss, rows = _divergence(self.model, self.dense, batch, judges)
                 total += torch.tensor([float(loss) * rows, rows], device=total.device)
-        lost, rows = _over_processes(total).tolist()
+        lost, rows = sum_over_processes(total).tolist()
         return lost / rows if rows else math.nan
 
     def train(self, vectors: Sequence[nn.Parameter], steps: int, learning_rate: float) -> None:
@@ -87,10 +77,10 @@ class _Polish:
             if rows and not bool(torch.isfinite(loss)):
                 raise NumericsError(f"the loss of step {step} of a polish is not finite.")
             gradients = torch.autograd.grad(loss * rows, vectors, allow_unused=True)
-            count = _over_processes(torch.tensor(float(rows), device=loss.device)).clamp(min=1)
+            count = sum_over_processes(torch.tensor(float(rows), device=loss.device)).clamp(min=1)
             for vector, gradient in zip(vectors, gradients, strict=True):
                 if gradient is not None:
-                    vector.grad = _over_processes(gradient) / count.to(gradient.dtype)
+                    vector.grad = sum_over_processes(gradient) / count.to(gradient.dtype)
             optimizer.step()
             falling.step()
         for vector in vectors:
@@ -131,7 +121,7 @@ def polish_(
     held_out = [held_out_examples(model, to_device(b, model.device)).cpu() for b in batches]
     work, kept = _Polish(model, dense, batches, held_out), False
     try:
-        with both_in_eval(model, dense), torch.enable_grad():
+        with in_eval(model, dense), torch.enable_grad():
             before = work.judge()
             for vector in vectors:
                 vector.requires_grad_()

@@ -28,6 +28,7 @@ from hf_prune.sites import (
 from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
 from hf_prune.statistics.collect import collect
 from hf_prune.statistics.score import score
+from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.shapes import forget_shapes_, set_key_
 from hf_prune.training.mapping import uniform_pairs
 from hf_prune.training.taps import attach_taps
@@ -157,20 +158,18 @@ def _hidden_scores(
             squares[name] = squares[name] + total if name in squares else total
 
         handles.append(projection(base, name).register_forward_pre_hook(note))
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            batch = to_device(batch, model.device)
-            state["mask"] = token_mask(model, batch)
-            model(**forward_kwargs(model, batch, labels=False))
-            tokens += int(state["mask"].sum())
-            for index in range(taps.layers):
-                before, after = (taps.hidden[i][state["mask"]].float() for i in (index, index + 1))
-                cosine = torch.cosine_similarity(before, after, dim=-1)
-                turns[index] += (1 - cosine).double().sum().cpu()
+        with in_eval(model):
+            for batch in batches:
+                batch = to_device(batch, model.device)
+                mask = state["mask"] = token_mask(model, batch)
+                model(**forward_kwargs(model, batch, labels=False))
+                tokens += int(mask.sum())
+                for index in range(taps.layers):
+                    before, after = (taps.hidden[i][mask].float() for i in (index, index + 1))
+                    cosine = torch.cosine_similarity(before, after, dim=-1)
+                    turns[index] += (1 - cosine).double().sum().cpu()
     finally:
-        model.train(training)
         taps.remove()
         for handle in handles:
             handle.remove()
