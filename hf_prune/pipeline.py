@@ -138,6 +138,38 @@ def _all_stages(
     return pruned, plan, masks
 
 
+Words = tuple[PreTrainedTokenizerBase, Vocabulary, Iterable[str]]
+"""What a stage of the vocabulary works with."""
+
+
+def _words(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, texts: Iterable[str] | None
+) -> Words | None:
+    """Tokenizer, stage and texts, where the recipe prunes the vocabulary."""
+    if recipe.vocabulary is None:
+        return None
+    if tokenizer is None:
+        raise ConfigError("the recipe prunes the vocabulary: pass the tokenizer of the model.")
+    return tokenizer, recipe.vocabulary, texts_of(recipe.vocabulary, texts)
+
+
+def _finish(result: Result, given: PreTrainedModel, words: Words | None) -> None:
+    """What comes after all other stages: layers, a plain config, the vocabulary, figures."""
+    report = result.report
+    if result.model is given:  # nothing but the vocabulary is pruned
+        result.model = copy.deepcopy(given)
+    result.layers = shorten_layers_(result.model)
+    result.masks = moved_parameters(result.model, result.masks, result.layers)
+    if result.recipe.portable:
+        make_plain_(result.model)
+    if words is not None:
+        left, entry = prune_vocabulary_stage(result.model, *words)
+        result.tokenizer = left.tokenizer
+        result.masks = narrow_masks(result.model, result.masks, left.kept)
+        report["pruning"].append(entry)
+    report["stages"]["pruned"] = measure_stage(result.model, report["sequence_length"])
+
+
 def compress(
     model: PreTrainedModel,
     recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
@@ -178,25 +210,14 @@ def compress(
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
     recipe = _check(model, recipe)
-    if recipe.vocabulary is not None:
-        texts = texts_of(recipe.vocabulary, texts)
-        if tokenizer is None:
-            raise ConfigError("the recipe prunes the vocabulary: pass the tokenizer of the model.")
+    words = _words(recipe, tokenizer, texts)
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
     store = None if experience is None else Experience(os.fspath(experience))
     pruned, plan, masks = _all_stages(model, recipe, batches, report, (metric, store))
-    layers = shorten_layers_(pruned)
-    masks = moved_parameters(pruned, masks, layers)
-    if recipe.portable:
-        make_plain_(pruned)
-    if recipe.vocabulary is not None and tokenizer is not None and texts is not None:
-        pruned = copy.deepcopy(model) if pruned is model else pruned
-        left, entry = prune_vocabulary_stage(pruned, tokenizer, recipe.vocabulary, texts)
-        tokenizer, masks = left.tokenizer, narrow_masks(pruned, masks, left.kept)
-        report["pruning"].append(entry)
-    report["stages"]["pruned"] = measure_stage(pruned, report["sequence_length"])
-    return Result(pruned, plan, report, recipe, masks, tokenizer, layers)
+    result = Result(pruned, plan, report, recipe, masks, tokenizer)
+    _finish(result, model, words)
+    return result
 
 
 def compress_family(

@@ -31,7 +31,7 @@ from hf_prune.sites import (
     logical_weight,
     projection,
 )
-from hf_prune.surgery.rebuild import get_attribute
+from hf_prune.surgery.remade import get_attribute
 from hf_prune.surgery.remove import remove_units
 
 families = pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -27,7 +27,8 @@ from hf_prune.sites import (
 )
 from hf_prune.statistics.example import example_batch
 from hf_prune.statistics.streams import in_eval
-from hf_prune.surgery.rebuild import TABLES, apply_shapes_
+from hf_prune.surgery.description import TABLES
+from hf_prune.surgery.rebuild import apply_shapes_
 from hf_prune.surgery.shapes import (
     forget_shapes_,
     get_key,

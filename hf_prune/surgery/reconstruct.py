@@ -273,9 +273,8 @@ def refit(
         modules = {site.gate.module for site in sites if site.name in changed}
     fitted = []
     with in_eval(model, targets.dense):
-        walk = _Walk(
-            model, targets, ridge, None if kept is None else kept.sites, rescale, least_squares
-        )
+        there = None if kept is None else kept.sites
+        walk = _Walk(model, targets, ridge, there, rescale, least_squares)
         layers, stack = list(by_layer(targets.sites)), ""
         stacks = by_stack(layers)
         for runs in segments(layers, targets.streams[0].order):

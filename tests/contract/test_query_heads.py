@@ -14,7 +14,7 @@ from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import load_recipe
 from hf_prune.sites import HIDDEN, QUERY_HEADS, find_sites
-from hf_prune.surgery.rebuild import UnevenGroups
+from hf_prune.surgery.remade import UnevenGroups
 from hf_prune.surgery.remove import remove_units
 
 GROUPED = (
