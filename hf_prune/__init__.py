@@ -10,7 +10,7 @@ from hf_prune.checkpoint.manifest import verify
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import HfPruneError
 from hf_prune.families import register_family
-from hf_prune.gates import close_gates
+from hf_prune.gates.plans import close_gates
 from hf_prune.hub import push_to_hub
 from hf_prune.infer import infer_family, load_family
 from hf_prune.pipeline import compress, compress_family

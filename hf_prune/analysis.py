@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.gates import attach_gates
+from hf_prune.gates.attach import attach_gates
 from hf_prune.sites import Site, find_sites
 from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
 from hf_prune.statistics.collect import collect
 from hf_prune.statistics.projection import logits_of
 from hf_prune.statistics.score import score
+from hf_prune.statistics.streams import in_eval
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.9)
 """Shares of a site's units that are masked."""
@@ -176,12 +177,8 @@ def analyse_sensitivity(
         }
         for one in criteria
     }
-    training = model.training
-    model.eval()
-    try:
+    with in_eval(model):
         curves = _curves(model, sites, rankings[criteria[0]], batches, fractions)
-    finally:
-        model.train(training)
     scores = {
         name: {site: _by_unit(ranking) for site, ranking in each.items()}
         for name, each in rankings.items()

@@ -33,10 +33,9 @@ from hf_prune.errors import (
 from hf_prune.recipe import Prune, load_recipe
 from hf_prune.sites import base_model, find_sites
 from hf_prune.statistics.batches import Batch, forward_kwargs, take, token_mask
-from hf_prune.statistics.streams import Stream, by_layer, recorded
+from hf_prune.statistics.streams import Enough, Stream, by_layer, recorded
 from hf_prune.weights.budgets import uniform
 from hf_prune.weights.find import Matrix
-from hf_prune.weights.inputs import Stop
 from hf_prune.weights.problem import GRADIENTS
 from hf_prune.weights.progress import Progress
 from hf_prune.weights.prune import Job, prune_layers
@@ -182,7 +181,7 @@ def _first_inputs(walk: _Walk, batches: Sequence[Batch], layers: Sequence[str]) 
     streams = []
     try:
         for batch in batches:
-            with recorded(base, layers) as record, contextlib.suppress(Stop):
+            with recorded(base, layers) as record, contextlib.suppress(Enough):
                 walk.model(**forward_kwargs(walk.model, batch, labels=False))
             hidden = record[layers[0]][0]
             if record.keys() != set(layers) or record[layers[-1]][0].shape != hidden.shape:
@@ -201,7 +200,7 @@ def _first_inputs(walk: _Walk, batches: Sequence[Batch], layers: Sequence[str]) 
 def _pass_on(*, last: bool) -> Any:
     def forward(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
         if last:
-            raise Stop
+            raise Enough
         return hidden
 
     return forward

@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.budget.prepare import check_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
 from hf_prune.oneshot import Metric, analyse, prune_once
 from hf_prune.plan import Plan
-from hf_prune.recipe import Prune, Recipe, load_recipe
+from hf_prune.recipe import Prune, Recipe, Vocabulary, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.search.experience import Experience
 from hf_prune.sites import HIDDEN, find_sites
@@ -21,9 +21,13 @@ from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.dead import remove_dead_
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
+from hf_prune.surgery.vocabulary_stage import narrow_masks, prune_vocabulary_stage, texts_of
 from hf_prune.training.polish import polish_
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
+
+LENGTH = 32
+"""Tokens of the sequence whose MACs are counted where no stage says it."""
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -32,7 +36,7 @@ def check_stages(recipe: Recipe) -> None:
     Raises:
         ConfigError: for an unknown criterion or solver, or a recipe that prunes nothing.
     """
-    if not recipe.prune_stages:
+    if not recipe.prune_stages and recipe.vocabulary is None:
         raise ConfigError("the recipe has no prune stage: there is nothing to do.")
     for stage in recipe.prune_stages:
         if stage.structural:
@@ -94,14 +98,15 @@ def _check(
 def _start_report(
     model: PreTrainedModel, recipe: Recipe, batches: Sequence[Batch]
 ) -> dict[str, Any]:
-    length = max(stage.sequence_length for stage in recipe.prune_stages)
+    length = max((stage.sequence_length for stage in recipe.prune_stages), default=LENGTH)
     report = new_report(recipe, model)
     report["sequence_length"] = length
     report["calibration_samples"] = sum(len(next(iter(batch.values()))) for batch in batches)
     report["left_to_trainer"] = [
         "schedule" if isinstance(stage, Prune) else stage.stage
         for stage in recipe.stages
-        if not isinstance(stage, Prune) or stage.schedule
+        if (isinstance(stage, Prune) and stage.schedule)
+        or not isinstance(stage, Prune | Vocabulary)
     ]
     report["stages"]["dense"] = measure_stage(model, length)
     return report
@@ -133,6 +138,38 @@ def _all_stages(
     return pruned, plan, masks
 
 
+Words = tuple[PreTrainedTokenizerBase, Vocabulary, Iterable[str]]
+"""What a stage of the vocabulary works with."""
+
+
+def _words(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, texts: Iterable[str] | None
+) -> Words | None:
+    """Tokenizer, stage and texts, where the recipe prunes the vocabulary."""
+    if recipe.vocabulary is None:
+        return None
+    if tokenizer is None:
+        raise ConfigError("the recipe prunes the vocabulary: pass the tokenizer of the model.")
+    return tokenizer, recipe.vocabulary, texts_of(recipe.vocabulary, texts)
+
+
+def _finish(result: Result, given: PreTrainedModel, words: Words | None) -> None:
+    """What comes after all other stages: layers, a plain config, the vocabulary, figures."""
+    report = result.report
+    if result.model is given:  # nothing but the vocabulary is pruned
+        result.model = copy.deepcopy(given)
+    result.layers = shorten_layers_(result.model)
+    result.masks = moved_parameters(result.model, result.masks, result.layers)
+    if result.recipe.portable:
+        make_plain_(result.model)
+    if words is not None:
+        left, entry = prune_vocabulary_stage(result.model, *words)
+        result.tokenizer = left.tokenizer
+        result.masks = narrow_masks(result.model, result.masks, left.kept)
+        report["pruning"].append(entry)
+    report["stages"]["pruned"] = measure_stage(result.model, report["sequence_length"])
+
+
 def compress(
     model: PreTrainedModel,
     recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
@@ -140,6 +177,8 @@ def compress(
     *,
     metric: Metric | None = None,
     experience: "str | os.PathLike[str] | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Iterable[str] | None = None,
 ) -> Result:
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
@@ -155,6 +194,9 @@ def compress(
         metric: from a model to a number, higher = better; for stages with a `floor`.
         experience: a local file of past searches above a floor, made when it is not there. The
             search starts where that of the most similar model of the same family ended.
+        tokenizer: of the model; the result has it. A stage `vocabulary` needs it, and the result
+            then has a smaller one.
+        texts: what the model is to be used for, where such a stage names no file of them.
 
     Returns:
         The smaller model, the plan in the numbering of the given model, and a report with exact
@@ -168,16 +210,14 @@ def compress(
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
     recipe = _check(model, recipe)
+    words = _words(recipe, tokenizer, texts)
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
     store = None if experience is None else Experience(os.fspath(experience))
     pruned, plan, masks = _all_stages(model, recipe, batches, report, (metric, store))
-    layers = shorten_layers_(pruned)
-    masks = moved_parameters(pruned, masks, layers)
-    if recipe.portable:
-        make_plain_(pruned)
-    report["stages"]["pruned"] = measure_stage(pruned, report["sequence_length"])
-    return Result(pruned, plan, report, recipe, masks, layers=layers)
+    result = Result(pruned, plan, report, recipe, masks, tokenizer)
+    _finish(result, model, words)
+    return result
 
 
 def compress_family(
@@ -208,6 +248,10 @@ def compress_family(
     recipe = _check(model, recipe)
     if len(recipe.prune_stages) != 1 or not recipe.prune_stages[0].structural:
         raise ConfigError("a family of models needs a recipe with one prune stage, not of weights.")
+    if recipe.vocabulary is not None:
+        raise ConfigError(
+            "a family shares one vocabulary: leave the stage out, prune it afterwards."
+        )
     stages = [_with_target(recipe.prune_stages[0], target) for target in targets]
     batches = _calibration(model, recipe, calibration)
     analysis = analyse(model, stages[0], batches, recipe.seed)

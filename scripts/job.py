@@ -3,9 +3,11 @@
 import copy
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,15 @@ from hf_prune import (
 from hf_prune.errors import DataError
 from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan
-from hf_prune.recipe import Distill, Prune, Student, Train
+from hf_prune.recipe import Distill, Prune, Student, Train, Vocabulary
 from hf_prune.report.result import measure_stage, new_report
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
+from hf_prune.surgery.vocabulary import count_tokens
+from hf_prune.surgery.vocabulary_stage import (
+    narrow_masks,
+    prune_vocabulary_stage,
+    read_texts,
+)
 from hf_prune.training.distill import distill_fields
 from hf_prune.training.lora import add_lora, merge_lora
 
@@ -191,14 +199,12 @@ class Job:
         self.columns = columns_of(arguments, self.task)
         data = load_data(arguments, self.task, recipe.seed, packaged)
         self.names = self.task.classes(data, self.columns)
-        blocks = self.task.name == "text-generation"  # lines of text are cut into blocks first
-        self.raw = data if blocks else cut(data, arguments, recipe.seed)
+        self.blocks = self.task.name == "text-generation"  # lines of text are cut into blocks first
+        self.raw = data if self.blocks else cut(data, arguments, recipe.seed)
         gguf = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **gguf)
         self.model = self.load(source, **gguf)
-        encoded = self.encode(self.raw)
-        self.data = cut(encoded, arguments, recipe.seed) if blocks else encoded
-        self.collator = self.task.collator(self.tokenizer)
+        self.encode_all()
         self.model.to(PartialState().device)
         self.dense: PreTrainedModel | None = None
         self.pruned: PreTrainedModel | None = None
@@ -221,6 +227,12 @@ class Job:
             options["dtype"] = torch.float32
         model: PreTrainedModel = self.task.auto_class.from_pretrained(source, **options)
         return strip_quantizer(model) if "gguf_file" in options else model
+
+    def encode_all(self) -> None:
+        """Spell all data with the tokenizer as it is."""
+        encoded = self.encode(self.raw)
+        self.data = cut(encoded, self.arguments, self.recipe.seed) if self.blocks else encoded
+        self.collator = self.task.collator(self.tokenizer)
 
     def encode(self, data: DatasetDict) -> DatasetDict:
         """Token ids and labels of rows; padding is left to the collator."""
@@ -385,6 +397,18 @@ class Job:
         self.plan = Plan(self.model.config.model_type)
         self._note_pruned()
 
+    def narrow_vocabulary(self, stage: Vocabulary) -> None:
+        """Remove the tokens that are not needed; the data is spelt with those that are left."""
+        if stage.texts is not None:
+            counts = count_tokens(self.tokenizer, read_texts(Path(stage.texts)))
+        else:
+            counts = Counter(chain.from_iterable(self.data["train"]["input_ids"]))
+        left, entry = prune_vocabulary_stage(self.model, self.tokenizer, stage, counts)
+        self.tokenizer = left.tokenizer
+        self.masks = narrow_masks(self.model, self.masks, left.kept)
+        self.report["pruning"].append(entry)
+        self.encode_all()
+
     def _note_dense(self, *, copied: bool) -> None:
         if self.dense is None:
             self.dense = copy.deepcopy(self.model) if copied else self.model
@@ -401,6 +425,9 @@ class Job:
             logger.info("Stage %d of %d: %s", index + 1, len(self.recipe.stages), stage)
             if isinstance(stage, Student):
                 self.make_student(stage)
+            elif isinstance(stage, Vocabulary):
+                self._note_dense(copied=True)
+                self.narrow_vocabulary(stage)
             elif isinstance(stage, Prune):
                 self._note_dense(copied=stage.schedule is not None)
                 if stage.schedule is not None:

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 from hf_prune.analysis import analyse_sensitivity, rank_correlation
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
-from hf_prune.gates import close_gates
+from hf_prune.gates.plans import close_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
 from hf_prune.statistics.score import score

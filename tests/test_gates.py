@@ -4,7 +4,8 @@ import pytest
 import torch
 from tinies import CORE
 
-from hf_prune.gates import attach_gates, masked, plan_gates
+from hf_prune.gates.attach import attach_gates
+from hf_prune.gates.plans import masked, plan_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import base_model, find_sites, logical_weight, projection
 

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.families import FAMILIES, register_family
 from hf_prune.families.llama import LLAMA
-from hf_prune.gates import masked
+from hf_prune.gates.plans import masked
 from hf_prune.infer import TOLERANCE, dump_family, infer_family, load_family, prove_family
 from hf_prune.sites import find_sites
 from hf_prune.surgery.remove import remove_units

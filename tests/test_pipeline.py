@@ -3,6 +3,8 @@
 import pytest
 import torch
 from hub_standin import HubStandIn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from words import word_tokenizer
 
 import hf_prune
 from hf_prune import compress, push_to_hub, save_result
@@ -46,6 +48,75 @@ def test_the_default_recipe_on_every_kind_of_input(tiny, inputs_for, name):
     assert entry["refitted"] > 0
     stages = result.report["stages"]
     assert stages["pruned"]["macs"] < stages["dense"]["macs"]
+
+
+WORDS = ["good", "bad", "film", "plot", "dull", "fine"]
+
+
+def with_vocabulary(*before, **fields):
+    return {"stages": [*before, {"stage": "vocabulary", **fields}]}
+
+
+def test_the_vocabulary_goes_with_the_rest(tiny, inputs_for, tmp_path):
+    """Texts of which all tokens stay give the same, by model and tokenizer as they are saved."""
+    tokenizer, model = word_tokenizer(WORDS), tiny("bert")
+    (prune,) = recipe(criterion="fisher")["stages"]
+    batches = [inputs_for("bert", s) for s in range(3)]
+    texts = ["good film", "bad film", "dull film"]
+    without = compress(model, {"stages": [prune]}, batches, tokenizer=tokenizer)
+    assert without.tokenizer is tokenizer
+    told = with_vocabulary(prune, at_least=1)
+    result = compress(model, told, batches, tokenizer=tokenizer, texts=texts)
+    assert (len(result.tokenizer), len(tokenizer), model.config.vocab_size) == (9, 11, 99)
+    entry = result.report["pruning"][1]
+    assert (entry["kind"], entry["total"], entry["kept"], entry["removed"]) == (
+        *("vocabulary", 99, 9, 90),
+    )
+    figures = [r.report["stages"]["pruned"] for r in (without, result)]
+    assert figures[0]["parameters"] - figures[1]["parameters"] == 90 * 32
+    assert figures[1]["parameters"] == sum(p.numel() for p in result.model.parameters())
+    save_result(result, tmp_path / "out")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model").eval()
+    short = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    expected = without.model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    found = loaded(**short(texts, padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_masks_of_embeddings_follow_the_vocabulary(tiny, tmp_path):
+    (tmp_path / "texts.txt").write_text("good film\ndull plot\n")
+    weights = recipe(units=["weights"], criterion="magnitude", reconstruct=False)["stages"][0]
+    weights |= {"weights": {"embeddings": True, "dense_target": False}}
+    told = with_vocabulary(weights, texts=str(tmp_path / "texts.txt"))
+    result = compress(tiny("bert"), told, tokenizer=word_tokenizer(WORDS))
+    name = "bert.embeddings.word_embeddings.weight"
+    assert result.masks[name].shape == (9, 32)
+    for name, mask in result.masks.items():
+        weight = result.model.get_parameter(name)
+        assert torch.equal(weight != 0, mask), name
+
+
+def test_the_vocabulary_alone(tiny):
+    model = tiny("gpt2").train()
+    told = with_vocabulary(at_most=4)  # two special ones, and two words
+    texts = ["film film", "plot plot plot", "good"]
+    result = compress(model, told, tokenizer=word_tokenizer(WORDS), texts=texts)
+    assert result.model.training
+    assert (model.config.vocab_size, result.model.config.vocab_size) == (99, 7)
+    assert not hf_prune.report.card.needs_loader(result.report)
+    assert result.report["left_to_trainer"] == []
+
+
+def test_a_vocabulary_needs_a_tokenizer_and_texts(tiny):
+    with pytest.raises(ConfigError, match="pass the tokenizer of the model"):
+        compress(tiny("bert"), with_vocabulary(), texts=["good"])
+    with pytest.raises(ConfigError, match=r"Name a file in the stage \(texts: \.\.\.\)"):
+        compress(tiny("bert"), with_vocabulary(), tokenizer=word_tokenizer(WORDS))
+    with pytest.raises(DataError, match=r"texts of the vocabulary cannot be read.*nowhere"):
+        compress(tiny("bert"), with_vocabulary(texts="nowhere"), tokenizer=word_tokenizer(WORDS))
+    (prune,) = recipe()["stages"]
+    with pytest.raises(ConfigError, match="leave the stage out"):
+        hf_prune.compress_family(tiny("bert"), with_vocabulary(prune), targets=[0.5])
 
 
 @pytest.mark.parametrize("criterion", sorted(hf_prune.criteria.CRITERIA))

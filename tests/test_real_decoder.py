@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune.checkpoint.save import save_model
-from hf_prune.gates import masked
+from hf_prune.gates.plans import masked
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites

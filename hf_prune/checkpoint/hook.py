@@ -5,7 +5,8 @@ and before weights are read, which is when modules must be narrowed. After loadi
 taken off again, so that the model is an ordinary one for Trainer, `.half()`, PEFT and
 `torch.compile`.
 
-Like `surgery.rebuild`, this module is also saved beside models that are to load without hf_prune.
+Like `surgery.rebuild` and what that imports, this module is also saved beside models that are to
+load without hf_prune.
 """
 
 import contextlib
@@ -25,13 +26,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_prune.errors import CheckpointError
-from hf_prune.surgery.rebuild import (
+from hf_prune.surgery.description import (
     QUANT_METHOD,
     SHAPES_VERSION,
     TABLES,
-    apply_shapes_,
     check_shapes,
 )
+from hf_prune.surgery.rebuild import apply_shapes_
 
 CONVERSIONS: list[Callable[[], Any]] = []
 """Makers of weight conversions: how weights that are not stored as they are get read."""

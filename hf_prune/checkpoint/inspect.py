@@ -14,7 +14,8 @@ from hf_prune.errors import CheckpointError, UnsupportedModelError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.sites import ALL_KINDS, find_sites
 from hf_prune.statistics.score import check_weights
-from hf_prune.surgery.rebuild import QUANT_METHOD, apply_shapes_
+from hf_prune.surgery.description import QUANT_METHOD
+from hf_prune.surgery.rebuild import apply_shapes_
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,12 @@ from hf_prune.sites import base_model
 
 MODULE = "modeling_hf_prune"
 """Name of the module in a saved model."""
-_SOURCES = (("surgery", "rebuild.py"), ("checkpoint", "hook.py"))
+_SOURCES = (
+    ("surgery", "remade.py"),
+    ("surgery", "description.py"),
+    ("surgery", "rebuild.py"),
+    ("checkpoint", "hook.py"),
+)
 _HEAD = '''"""Builds a model with narrowed modules, as its config describes it. Written by hf_prune.
 
 Pass trust_remote_code=True to load it, or import hf_prune, which does the same and needs no code

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_prune.errors import HfPruneError, UnsupportedModelError
 from hf_prune.families import FAMILIES
 from hf_prune.families.spec import Attention, Family, Ffn, Stack
-from hf_prune.gates import masked
+from hf_prune.gates.plans import masked
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import base_model, find_sites, logical_weight
 from hf_prune.statistics.example import example_batch

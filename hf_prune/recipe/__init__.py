@@ -5,17 +5,10 @@ frozen, and survives a round trip through YAML. This room does not import torch.
 """
 
 from hf_prune.recipe.load import MAX_RECIPE_BYTES, Recipe, Stage, explain, load_recipe
-from hf_prune.recipe.names import did_you_mean
-from hf_prune.recipe.prune import (
-    UNITS,
-    Floor,
-    Prune,
-    Schedule,
-    Target,
-    Weights,
-    count_to_remove,
-    share_of,
-)
+from hf_prune.recipe.names import Names, did_you_mean
+from hf_prune.recipe.prune import UNITS, Prune
+from hf_prune.recipe.schedule import Schedule
+from hf_prune.recipe.target import Floor, Target, count_to_remove, share_of
 from hf_prune.recipe.template import (
     AlternateLayers,
     Ends,
@@ -27,6 +20,8 @@ from hf_prune.recipe.template import (
 )
 from hf_prune.recipe.text import MAX_RECIPE_DEPTH, parse_yaml
 from hf_prune.recipe.train import Distill, Student, Train
+from hf_prune.recipe.vocabulary import Vocabulary
+from hf_prune.recipe.weights import Weights
 
 __all__ = [
     "MAX_RECIPE_BYTES",
@@ -37,6 +32,7 @@ __all__ = [
     "Ends",
     "EveryHead",
     "Floor",
+    "Names",
     "Prune",
     "Recipe",
     "Rule",
@@ -48,6 +44,7 @@ __all__ = [
     "Template",
     "Train",
     "UniformWidth",
+    "Vocabulary",
     "Weights",
     "count_to_remove",
     "did_you_mean",

@@ -4,23 +4,28 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
 from hf_prune.recipe.names import did_you_mean
-from hf_prune.recipe.prune import Floor, Prune, Schedule, Target, Weights
+from hf_prune.recipe.prune import Prune
+from hf_prune.recipe.schedule import Schedule
+from hf_prune.recipe.target import Floor, Target
 from hf_prune.recipe.template import PATTERNS
 from hf_prune.recipe.template import known_keys as known_template_keys
 from hf_prune.recipe.text import dump_yaml, parse_yaml
 from hf_prune.recipe.train import Distill, Student, Train
+from hf_prune.recipe.vocabulary import Vocabulary
+from hf_prune.recipe.weights import Weights
 
 MAX_RECIPE_BYTES = 1 << 20
 """A recipe file larger than this is refused before it is parsed."""
 
-Stage = Annotated[Union[Prune, Train, Distill, Student], Field(discriminator="stage")]  # noqa: UP007  # pydantic reads it
+_AnyStage = Union[Prune, Train, Distill, Student, Vocabulary]  # noqa: UP007  # pydantic reads it
+Stage = Annotated[_AnyStage, Field(discriminator="stage")]
 
 
 def _joint(stage: Prune, following: object) -> bool:
@@ -57,6 +62,8 @@ class Recipe(Model):
     def _order(self) -> "Recipe":
         if not self.stages:
             raise ValueError("stages is empty: write at least one.")
+        if any(isinstance(stage, Vocabulary) for stage in self.stages[:-1]):
+            raise ValueError("vocabulary is the last stage: write it once, at the end")
         zeros = False
         for stage, following in zip(self.stages, (*self.stages[1:], None), strict=True):
             if not isinstance(stage, Prune):
@@ -77,6 +84,12 @@ class Recipe(Model):
     def prune_stages(self) -> tuple[Prune, ...]:
         """The stages that remove something."""
         return tuple(stage for stage in self.stages if isinstance(stage, Prune))
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The stage that removes tokens."""
+        last = self.stages[-1]
+        return last if isinstance(last, Vocabulary) else None
 
     def to_yaml(self) -> str:
         """This recipe as YAML that `load_recipe` reads back to an equal recipe."""
@@ -109,9 +122,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     if inner:
         models = tuple(inner)
     elif location and location[0] == "stages":
-        models = tuple(
-            m for m in (Prune, Train, Distill, Student) if m.__name__.lower() in location
-        )
+        models = tuple(m for m in get_args(_AnyStage) if m.__name__.lower() in location)
     return [name for model in models for name in model.model_fields]
 
 

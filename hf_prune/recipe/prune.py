@@ -1,180 +1,20 @@
-"""What to remove, and how much: the stage `prune` and its parts."""
+"""What to remove, and how much: the stage `prune`."""
 
-import math
-import re
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
+from hf_prune.recipe.schedule import Schedule
+from hf_prune.recipe.target import Floor, Target
 from hf_prune.recipe.template import Template, UniformWidth
+from hf_prune.recipe.weights import Weights
 
 Unit = Literal["heads", "neurons", "query_heads", "experts", "expert_neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
 """The kinds of unit that a recipe can name."""
-
-
-class Schedule(Model):
-    """How sparsity grows while a model trains."""
-
-    kind: Literal["one_shot", "linear", "cubic", "exponential", "step"] = "cubic"
-    """`cubic`: fast at first, slow at the end (Zhu and Gupta 2017, arXiv:1710.01878); `exponential`
-    likewise; `step`: in equal steps; `one_shot`: all at the first decision."""
-    start: float = Field(default=0.0, ge=0, lt=1)
-    """When masks begin to close, as a fraction of all training steps: before it is warm-up."""
-    end: float = Field(default=0.6, gt=0, le=1)
-    """When the full sparsity is reached, as a fraction of all steps: after it is cool-down."""
-    every: int = Field(default=20, ge=1)
-    """Optimizer steps (or epochs, see `per`) between two decisions."""
-    per: Literal["steps", "epochs"] = "steps"
-    """What `every` counts."""
-    levels: int = Field(default=4, ge=1)
-    """Of `step`: into how many equal steps the way is cut."""
-    rate: float = Field(default=3.0, gt=0)
-    """Of `exponential`: how much faster the start is; `exp(rate)` times the end."""
-    regrow: bool = False
-    """Whether heads and neurons that went can come back: closed gates are scored too."""
-    rewind: bool = False
-    """At the full sparsity, put the weights that stay back to what they were when masks began to
-    close (arXiv:1803.03635, 1903.01611)."""
-    stop_metric: str | None = None
-    """A metric of evaluation, without `eval_`. Once it is below `stop_below` nothing more goes, and
-    the last plan that was good enough comes back. Heads and neurons only."""
-    stop_below: float | None = None
-    """See `stop_metric`."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Schedule":
-        if self.start >= self.end:
-            raise ValueError(f"start={self.start} must be smaller than end={self.end}")
-        if (self.stop_metric is None) != (self.stop_below is None):
-            raise ValueError("stop_metric and stop_below belong together: give both or none")
-        return self
-
-
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)x")
-
-
-def _as_share(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    match = _SHARE.fullmatch(value)
-    if match is None:
-        raise ValueError(f"{value!r} is not a share: write 0.5x for half of the dense model")
-    return value
-
-
-Share = Annotated[str | int, BeforeValidator(_as_share)]
-"""`0.5x` of the dense model, or an absolute count."""
-
-
-class Target(Model):
-    """What the whole model may cost after a stage. Each one that is given is met."""
-
-    parameters: Share | None = None
-    """All parameters of the model: `0.5x` of the dense model, or a count."""
-    macs: Share | None = None
-    """Multiply-accumulates of one sequence of the stage's `sequence_length` tokens."""
-    bytes: Share | None = None
-    """Bytes of the weights, in the dtype that the model has."""
-    latency_ms: float | None = Field(default=None, gt=0)
-    """Time of one forward pass on this machine, in milliseconds."""
-    speedup: float | str | None = None
-    """How many times as fast a forward pass is to be on this machine: `2x`, or 2.0."""
-    batch_size: int = Field(default=1, ge=1)
-    """Sequences at once when time is measured, each of the stage's `sequence_length` tokens."""
-
-    @field_validator("speedup")
-    @classmethod
-    def _at_least_one(cls, value: float | str | None) -> float | str | None:
-        if value is not None and share_of(value) < 1:
-            raise ValueError(f"speedup={value} is a slow-down: write 2x for twice as fast")
-        return value
-
-    @model_validator(mode="after")
-    def _something(self) -> "Target":
-        named = ("parameters", "macs", "bytes", "latency_ms", "speedup")
-        if all(getattr(self, name) is None for name in named):
-            raise ValueError(f"name at least one of {', '.join(named)}")
-        for name in ("parameters", "macs", "bytes"):
-            value = getattr(self, name)
-            if isinstance(value, str) and not 0 < share_of(value) <= 1:
-                raise ValueError(f"{name}={value} is not in (0x, 1x]")
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name}={value} is not a positive count")
-        return self
-
-    @property
-    def timed(self) -> bool:
-        """Whether the target is one of time, so that the model has to be timed."""
-        return self.latency_ms is not None or self.speedup is not None
-
-
-def share_of(value: "float | str") -> float:
-    """The number before the `x`, or the number itself.
-
-    Raises:
-        ValueError: when it is neither.
-    """
-    if not isinstance(value, str):
-        return float(value)
-    match = _SHARE.fullmatch(value)
-    if match is None:
-        raise ValueError(f"{value!r} is not a share: write 0.5x, or 2x")
-    return float(match.group(1))
-
-
-class Floor(Model):
-    """How much of a metric may be lost. The smallest model that keeps it is searched for."""
-
-    drop: float = Field(ge=0)
-    """Largest loss that is allowed, in the metric's own unit: 0.01 is one point of accuracy."""
-    trials: int = Field(default=8, ge=1)
-    """Models that are built and measured at most."""
-    max_minutes: float = Field(default=30.0, gt=0)
-    """Time after which the best model so far is taken."""
-    search: Literal["bisection", "optuna"] = "bisection"
-    """`bisection`: of how much goes; `optuna`: of how heads and neurons, and early and late layers
-    are weighed against each other, too (needs Optuna, and some dozens of trials)."""
-    precision: float = Field(default=0.005, gt=0, le=1)
-    """Bisection ends when the answer is known to this share of what is asked for."""
-
-
-_PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
-
-
-class Weights(Model):
-    """How single weights are chosen, and what the others become."""
-
-    pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
-    """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
-    rows x columns (`4x1`)."""
-    rank: Literal["auto", "row", "matrix"] = "auto"
-    """Which entries of a matrix are ranked together. `auto`: rows in models that generate, where
-    that was measured to be better, else the whole matrix."""
-    dense_target: bool = True
-    """Fit to what the dense network computed from its own inputs, so that what earlier layers lost
-    is repaired too."""
-    targets: tuple[str, ...] = ()
-    """Shell patterns of the parameters, modules or classes to prune; all linear layers,
-    convolutions, recurrent matrices and packed experts, if none is given."""
-    embeddings: bool = False
-    """Prune embeddings too, and what shares their matrix; by magnitude."""
-    remove_dead: bool = True
-    """Really remove neurons and heads that are left without effect, where calibration data is
-    given; the outputs do not change."""
-    iterations: int = Field(default=12, ge=0)
-    """Iterations of `admm`."""
-    penalty: float = Field(default=0.5, gt=0)
-    """Penalty of `admm`, where every input has mean square one."""
-    refit_steps: int = Field(default=10, ge=1)
-    """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
-    polish_steps: int = Field(default=0, ge=0)
-    """Steps of Adam on norms and biases alone, after the walk, towards the dense network's output
-    distribution. Held-out examples say whether they are kept."""
 
 
 def _default_of(structure: str, **others: str) -> Callable[[dict[str, Any]], str]:
@@ -235,7 +75,9 @@ class Prune(Model):
     even: bool = False
     """All layers of a stack keep the same number of heads, and of neurons."""
     ignore: tuple[str, ...] = ()
-    """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone."""
+    """Shell patterns (`encoder.layer.0.*`) of sites or weights that are left alone. They may speak
+    of parts that are not prunable, or of another task (`classifier*`); what fits nothing else is an
+    error."""
     calibration_samples: int = Field(default=512, ge=1)
     """Examples to use at most."""
     projections: int = Field(default=1, ge=1)
@@ -327,6 +169,8 @@ class Prune(Model):
     def _one_goal(self) -> "Prune":
         if self.weights is not None and self.structural:
             raise ValueError("weights: is for a stage of single weights, units: [weights]")
+        if self.floors and not self.structural:
+            raise ValueError("floors are of heads and neurons: leave weights out with ignore")
         implied = self._implied
         if implied is not None and self.sparsity not in (None, implied):
             raise ValueError(
@@ -406,8 +250,3 @@ class Prune(Model):
     def structural(self) -> bool:
         """Whether the stage removes heads or neurons (not single weights)."""
         return "weights" not in self.units
-
-
-def count_to_remove(sparsity: float, total: int) -> int:
-    """The smallest count that is at least `sparsity` of `total`, exact: 0.07 of 100 is 7."""
-    return math.ceil(Fraction(repr(float(sparsity))) * total)

@@ -41,7 +41,8 @@ def card_metadata(report: dict[str, Any]) -> dict[str, Any]:
     if report.get("base_model"):
         metadata["base_model"] = report["base_model"]
         metadata["base_model_relation"] = "finetune"
-    structural = any(stage.get("kind") == "structure" for stage in report["pruning"])
+    kinds = {stage.get("kind") for stage in report["pruning"]}
+    structural = bool(kinds & {"structure", "vocabulary"})
     metadata["tags"].append("structured-pruning" if structural else "sparse")
     if report.get("task"):
         metadata["pipeline_tag"] = report["task"]

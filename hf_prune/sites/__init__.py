@@ -1,7 +1,7 @@
 """What can go: the sites of a model, with the slices of the weights that their units own."""
 
 from hf_prune.sites.find import find_layers, find_sites, layer_modules
-from hf_prune.sites.hidden import find_module, norms, readers
+from hf_prune.sites.hidden import find_module, hidden_width, norms, readers
 from hf_prune.sites.modules import (
     base_model,
     check_not_quantized,
@@ -45,6 +45,7 @@ __all__ = [
     "get_module",
     "get_parameter",
     "has_module",
+    "hidden_width",
     "join",
     "layer_modules",
     "logical_weight",

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import get_family
 from hf_prune.families.spec import Experts, Ffn, Stack
+from hf_prune.recipe import Names
 from hf_prune.sites.heads import head_sites
-from hf_prune.sites.hidden import hidden_site
+from hf_prune.sites.hidden import find_module, hidden_site
 from hf_prune.sites.modules import (
     base_model,
     check_not_quantized,
@@ -172,6 +173,32 @@ def _sites_of(base: nn.Module, place: Place, kinds: Sequence[str]) -> Iterator[S
         yield _neuron_site(base, place, stack.ffn)
 
 
+def _all_names(model: PreTrainedModel, sites: Sequence[Site], kinds: Sequence[str]) -> Names:
+    """Every name in a model: of its sites, of what holds parts of them, and of the rest.
+
+    Args:
+        model: with any head or none.
+        sites: all of it.
+        kinds: those that can go.
+    """
+    base = base_model(model)
+    also = {HIDDEN}  # and those of blocks in which nothing is left
+    for place in _places(model):
+        blocks = [block for block in (place.stack.attention, place.stack.cross) if block]
+        also |= {join(place.name, name) for name in (*(b.path for b in blocks), "ffn", "experts")}
+    owned = [item.module for site in sites if site.kind in kinds for item in site.slices]
+    inside = {id(find_module(model, name)) for name in owned}
+    holding: set[str] = set()
+    others: set[str] = set()
+    for root in (base, model):
+        for name, module in root.named_modules():
+            holds = any(id(part) in inside for part in module.modules())
+            own = (join(name, parameter) for parameter in module._parameters)
+            (holding if holds else others).update((name, type(module).__name__, *own))
+    known = [site.name for site in sites]
+    return Names(known, also, holding - also, others - holding - also)
+
+
 def find_sites(
     model: PreTrainedModel,
     kinds: Sequence[str] = KINDS,
@@ -188,12 +215,15 @@ def find_sites(
         ignore: shell patterns of names to leave out, such as `encoder.layer.0.*`.
 
     Raises:
+        ConfigError: when a pattern to be ignored fits nothing at all.
         UnsupportedModelError: for an unknown family, a wrapper, or an unexpected layout.
     """
     base = base_model(model)
     found = [site for place in _places(model) for site in _sites_of(base, place, kinds) if site]
     if HIDDEN in kinds:
         found.append(hidden_site(model, found))
+    if ignore:
+        _all_names(model, found, kinds).check_ignored(ignore)
     return [
         site
         for site in found

@@ -80,6 +80,49 @@ def _check_axes(name: str, module: nn.Module, axes: Sequence[tuple[str, int]]) -
         )
 
 
+def _slices(model: PreTrainedModel, sites: Sequence[Site], width: int) -> list[Slice]:
+    """Every axis of that size which is one of channels."""
+    output = model.get_output_embeddings()
+    owned = (item for site in sites for item in (*site.slices, *site.read))
+    inner = {(item.module, item.parameter, item.axis) for item in owned}
+    slices: list[Slice] = []
+    for name, module in _named(model):
+        axes = [
+            (parameter, axis)
+            for parameter, axis in _axes(module, width, output)
+            if (name, parameter, axis) not in inner
+        ]
+        _check_axes(name, module, axes)
+        slices += [Slice(name, axis, 1, 0, parameter) for parameter, axis in axes]
+    return slices
+
+
+def _costs(model: PreTrainedModel, slices: Sequence[Slice], width: int) -> tuple[int, int]:
+    """Parameters that each channel has, and those that it has with each other one; tied ones once.
+
+    Returns:
+        What is multiplied with the number of channels, and what with its square.
+    """
+    axes: dict[tuple[str, str], set[int]] = {}
+    for item in slices:
+        axes.setdefault((item.module, item.parameter), set()).add(item.axis)
+    seen: set[int] = set()
+    linear, square = 0, 0
+    for (name, parameter), both in axes.items():
+        module = find_module(model, name)
+        stored = getattr(module, parameter or "weight")
+        if not parameter and 0 in both and module.bias is not None:
+            linear += 1
+        if id(stored) in seen:  # tied
+            continue
+        seen.add(id(stored))
+        if len(both) == 2:
+            square += stored.numel() // width**2
+        else:
+            linear += stored.numel() // width
+    return linear, square
+
+
 def hidden_site(model: PreTrainedModel, sites: Sequence[Site]) -> Site:
     """The one site of the hidden width.
 
@@ -91,47 +134,22 @@ def hidden_site(model: PreTrainedModel, sites: Sequence[Site]) -> Site:
         UnsupportedModelError: when parts of the model have other widths, or mix channels.
     """
     width = hidden_width(model, sites)
-    base, output = base_model(model), model.get_output_embeddings()
-    owned = (item for site in sites for item in (*site.slices, *site.read))
-    inner = {(item.module, item.parameter, item.axis) for item in owned}
-    slices: list[Slice] = []
-    seen: set[int] = set()
-    linear, square = 0, 0
-    for name, module in _named(model):
-        axes = [
-            (parameter, axis)
-            for parameter, axis in _axes(module, width, output)
-            if (name, parameter, axis) not in inner
-        ]
-        _check_axes(name, module, axes)
-        slices += [Slice(name, axis, 1, 0, parameter) for parameter, axis in axes]
-        for parameter in {parameter for parameter, _ in axes}:
-            stored = getattr(module, parameter or "weight")
-            times = sum(key == parameter for key, _ in axes)
-            if id(stored) in seen:  # tied
-                continue
-            seen.add(id(stored))
-            if times == 2:
-                square += stored.numel() // width**2
-            else:
-                linear += stored.numel() // width
-        if ("", 0) in axes and module.bias is not None:
-            linear += 1
+    slices = _slices(model, sites, width)
+    linear, square = _costs(model, slices, width)
     attributes = tuple(
         Attribute(name, key, 1)
-        for name, module in base.named_modules()
+        for name, module in base_model(model).named_modules()
         for key in COUNTS
         if vars(module).get(key) == width
     )
     multiple = max(site.multiple for site in sites)  # fused experts need it on all of their axes
-    gate = next(item for item in slices if not item.parameter and item.axis == 1)
     return Site(
         name=HIDDEN,
         kind=HIDDEN,
         layer=0,
         units=width,
         slices=tuple(slices),
-        gate=gate,
+        gate=next(item for item in slices if not item.parameter and item.axis == 1),
         attributes=attributes,
         parameters=linear,
         square=square,

@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError, NumericsError
-from hf_prune.gates import Gates, attach_scoring_gates
+from hf_prune.gates.attach import attach_scoring_gates
+from hf_prune.gates.gate import Gates
 from hf_prune.sites import EXPERT_KINDS, Site, base_model, get_parameter, projection
 from hf_prune.statistics.batches import (
     Batch,
@@ -25,6 +26,7 @@ from hf_prune.statistics.batches import (
     to_device,
 )
 from hf_prune.statistics.projection import project_output
+from hf_prune.statistics.streams import in_eval
 
 Statistics = dict[str, dict[str, Tensor]]
 """By site, then by name of the statistic."""
@@ -286,6 +288,62 @@ def _mean(name: str, total: Tensor, examples: float, tokens: float, projections:
     return total / (examples * (projections if name in PROJECTED else 1))
 
 
+def _check_visible(sites: Sequence[Site], names: Collection[str]) -> None:
+    """Refuse what fused experts do not show.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    hidden = sorted(UNSEEN.intersection(names))
+    if hidden and any(site.kind in EXPERT_KINDS for site in sites):
+        raise ConfigError(
+            f"fused experts do not show what {hidden} are read off. Score experts "
+            "and their neurons by 'fisher', 'taylor' or 'magnitude', or another criterion of gates "
+            "or weights."
+        )
+
+
+def _run(run: _Pass, batches: Iterable[Batch]) -> None:
+    """Run all batches in eval mode; those of fused experts one example at a time."""
+    fused = any(site.kind in EXPERT_KINDS for site in run.sites)
+    try:
+        with in_eval(run.model):
+            for batch in batches:
+                for part in one_by_one(run.model, batch) if fused else [batch]:
+                    run.add(part)
+    finally:
+        run.close()
+
+
+def _means(run: _Pass) -> Statistics:
+    """From the sums of all processes to what `STATISTICS` promises.
+
+    Raises:
+        DataError: when no batch was given.
+        NumericsError: when a statistic is not finite, naming the site.
+    """
+    device = run.model.device
+    counted = torch.tensor(float(run.sums.examples), dtype=torch.float64, device=device)
+    examples = float(sum_over_processes(counted))
+    if not examples:
+        raise DataError("the calibration set is empty: no batch was given.")
+    result: Statistics = {site.name: {} for site in run.sites}
+    for site in run.sites:
+        sums, tokens = run.sums.values[site.name], 1.0
+        if run.names & INPUTS:
+            tokens = float(sum_over_processes(sums.pop(TOKENS).to(device)))
+        for name in sorted(run.names):
+            total = sum_over_processes(sums.pop(name).to(device)).cpu()
+            mean = _mean(name, total, examples, tokens, run.projections)
+            if not torch.isfinite(mean).all():
+                raise NumericsError(
+                    f"{site.name}: the statistic {name!r} has values that are not finite. Look for "
+                    "overflow (float16?) or damaged weights."
+                )
+            result[site.name][name] = mean
+    return result
+
+
 def collect(
     model: PreTrainedModel,
     sites: Sequence[Site],
@@ -317,40 +375,7 @@ def collect(
     data = frozenset(names) - {"generator"}
     if not data:
         return {site.name: {} for site in sites}
-    fused = any(site.kind in EXPERT_KINDS for site in sites)
-    if fused and data & UNSEEN:
-        raise ConfigError(
-            f"fused experts do not show what {sorted(data & UNSEEN)} are read off. Score experts "
-            "and their neurons by 'fisher', 'taylor' or 'magnitude', or another criterion of gates "
-            "or weights."
-        )
-    training = model.training
-    model.eval()
+    _check_visible(sites, data)
     run = _Pass(model, sites, data, seed, projections)
-    try:
-        for batch in batches:
-            for part in one_by_one(model, batch) if fused else [batch]:
-                run.add(part)
-    finally:
-        run.close()
-        model.train(training)
-    counted = torch.tensor(float(run.sums.examples), dtype=torch.float64, device=model.device)
-    examples = float(sum_over_processes(counted))
-    if not examples:
-        raise DataError("the calibration set is empty: no batch was given.")
-    result: Statistics = {site.name: {} for site in sites}
-    for site in sites:
-        tokens = 1.0
-        if data & INPUTS:
-            counted = run.sums.values[site.name].pop(TOKENS).to(model.device)
-            tokens = float(sum_over_processes(counted))
-        for name in sorted(data):
-            value = run.sums.values[site.name].pop(name).to(model.device)
-            mean = _mean(name, sum_over_processes(value).cpu(), examples, tokens, projections)
-            if not torch.isfinite(mean).all():
-                raise NumericsError(
-                    f"{site.name}: the statistic {name!r} has values that are not finite. Look for "
-                    "overflow (float16?) or damaged weights."
-                )
-            result[site.name][name] = mean
-    return result
+    _run(run, batches)
+    return _means(run)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from hf_prune.errors import NumericsError
@@ -15,6 +17,15 @@ from hf_prune.statistics.collect import sum_over_processes
 
 MAX_DOUBLINGS = 40
 """How often the ridge is doubled before a Gram matrix is given up."""
+
+
+def same_on_all(values: Tensor) -> Tensor:
+    """Those of the main process: equal sums give equal solutions, but only up to rounding."""
+    if PartialState().num_processes == 1:
+        return values
+    result = broadcast(values.contiguous())
+    assert isinstance(result, Tensor)  # noqa: S101  # a tensor in, a tensor out
+    return result
 
 
 @dataclass
@@ -32,6 +43,11 @@ class Moments:
         """Empty moments for `inputs` features and `outputs` targets."""
         shapes = ((inputs, inputs), (outputs, inputs), (inputs,), (outputs,), (1,))
         return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Moments":
+        """Empty moments for what a weight `[outputs, inputs]` reads and gives, on its device."""
+        return cls.zeros(weight.shape[1], weight.shape[0], weight.device)
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add tokens: `x` is `[tokens, inputs]`, `t` is `[tokens, outputs]`."""

@@ -6,7 +6,7 @@ each network, and layers are run alone, in order. What the pruned network comput
 already contains what was changed in earlier layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,17 +45,21 @@ def first_tensor(value: Any) -> Tensor:
     return tensor
 
 
+class Enough(Exception):  # it ends a pass early, and is no error
+    """Everything that was to be seen has been seen."""
+
+
 @contextmanager
-def both_in_eval(first: nn.Module, second: nn.Module) -> Iterator[None]:
-    """Both models in eval mode inside a `with` block, and as they were after it."""
-    modes = first.training, second.training
-    first.eval()
-    second.eval()
+def in_eval(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode inside a `with` block, and in the mode that they were in after it."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
-        first.train(modes[0])
-        second.train(modes[1])
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
 
 
 @contextmanager
@@ -169,10 +173,6 @@ class Seen:
     totals: list[Tensor] = field(default_factory=list)
 
 
-class _Enough(Exception):  # it ends a pass early, and is no error
-    """Everything that was to be seen has been seen."""
-
-
 @contextmanager
 def watched(base: nn.Module, site: Site, *, stop: bool = False) -> Iterator[Seen]:
     """Watch the output projection of a site, and the sum of its output and the residual.
@@ -191,7 +191,7 @@ def watched(base: nn.Module, site: Site, *, stop: bool = False) -> Iterator[Seen
         seen.total = args[0].detach()
         seen.totals.append(seen.total)
         if stop:
-            raise _Enough
+            raise Enough
 
     def after_sum(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.after = first_tensor(output).detach()
@@ -208,7 +208,7 @@ def watched(base: nn.Module, site: Site, *, stop: bool = False) -> Iterator[Seen
         handles.append(base.get_submodule(site.layer_module).register_forward_hook(at_end))
     try:
         yield seen
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:
@@ -221,3 +221,15 @@ def by_layer(sites: Sequence[Site]) -> dict[str, list[Site]]:
     for site in sites:
         layers.setdefault(site.layer_module, []).append(site)
     return layers
+
+
+def by_stack(layers: Iterable[str]) -> dict[str, list[str]]:
+    """The layers of each list of layers, by its path: towers and decoders have lists of their own.
+
+    Args:
+        layers: names, in the order of the model.
+    """
+    stacks: dict[str, list[str]] = {}
+    for layer in layers:
+        stacks.setdefault(layer.rpartition(".")[0], []).append(layer)
+    return stacks

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import Site, base_model, find_sites, gate_weight, logical_weight, projection
 from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
+from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.shapes import keep_index
 
@@ -46,13 +47,11 @@ def _constants(model: PreTrainedModel, sites: list[Site], batch: Batch) -> dict[
 
         module = projection(base_model(model), site.gate.module)
         handles.append(module.register_forward_pre_hook(keep))
-    training = model.training
-    model.eval()
+    labels = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
     try:
-        labels = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
-        model(**forward_kwargs(model, to_device(batch, model.device), labels=labels))
+        with in_eval(model):
+            model(**forward_kwargs(model, to_device(batch, model.device), labels=labels))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return found

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.sites import Site, base_model, find_sites
 from hf_prune.statistics.batches import Batch, example_seed, main_input, token_mask
-from hf_prune.statistics.streams import Seen, Stream, both_in_eval, by_layer, start_streams, watched
+from hf_prune.statistics.streams import Seen, Stream, by_layer, in_eval, start_streams, watched
 
 HELD_OUT_EVERY = 5
 """About one example in so many is held out of the fits and judges them."""
@@ -71,7 +71,7 @@ def dense_targets(dense: PreTrainedModel, batches: Sequence[Batch]) -> DenseTarg
         batches: calibration batches. Labels are not used.
     """
     sites, base = find_sites(dense), base_model(dense)
-    with both_in_eval(dense, dense):
+    with in_eval(dense):
         stored: list[Sums] | None = []
         streams: list[Stream] = []
         for batch in batches:

@@ -26,7 +26,9 @@ from hf_prune.sites import (
     projection,
 )
 from hf_prune.statistics.example import example_batch
-from hf_prune.surgery.rebuild import TABLES, apply_shapes_
+from hf_prune.statistics.streams import in_eval
+from hf_prune.surgery.description import TABLES
+from hf_prune.surgery.rebuild import apply_shapes_
 from hf_prune.surgery.shapes import (
     forget_shapes_,
     get_key,
@@ -58,12 +60,8 @@ def _empty_layers(model: PreTrainedModel) -> list[Layer]:
 
 @torch.no_grad()
 def _output(model: PreTrainedModel) -> Tensor:
-    training = model.training
-    model.eval()
-    try:
+    with in_eval(model):
         output: Tensor = model(**example_batch(model, 2, 12))[0]
-    finally:
-        model.train(training)
     return output.double()
 
 

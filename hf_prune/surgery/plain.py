@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import ALL_KINDS, HIDDEN, Site, base_model, find_sites
 from hf_prune.statistics.example import example_batch
-from hf_prune.surgery.rebuild import (
+from hf_prune.surgery.remade import (
     ConfigView,
     MPNetKeptHeads,
     NoHeads,

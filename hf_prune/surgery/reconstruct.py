@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,21 +38,26 @@ from hf_prune.sites import (
 )
 from hf_prune.statistics.batches import Batch, by_token
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.moments import Moments, fit_checked, rescaled
+from hf_prune.statistics.moments import (
+    Moments,
+    Solve,
+    rescaled,
+    solve_towards,
+)
 from hf_prune.statistics.streams import (
     Seen,
     Stream,
-    both_in_eval,
     by_layer,
+    by_stack,
+    in_eval,
     run_layer,
     segments,
     start_streams,
     watched,
 )
 from hf_prune.surgery.dense import DenseTargets, Sums, dense_targets, totals_of, watch_all
+from hf_prune.surgery.fit import fit_, inputs_and_residual
 
-RIDGE_STEPS = (0.1, 1.0, 10.0)
-"""Multiples of the ridge that held-out tokens choose from."""
 SHARED_ROUNDS = 4
 """How often a layer that runs several times is fitted."""
 
@@ -150,8 +153,7 @@ class _Walk:
         """Re-fit a site; if it is the last of its segment, go on to the next one."""
         module = projection(base_model(self.model), site.gate.module)
         weight = logical_weight(module).detach()
-        empty = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
-        fitted, held_out = empty, empty.plus(empty)
+        fitted, held_out = (Moments.of(weight) for _ in range(2))
         passed: list[Seen] = []
         for index, stream in enumerate(self.calls):
             for run, seen in enumerate(self._seen(site, index, runs, stop=not last)):
@@ -168,15 +170,9 @@ class _Walk:
 
     def _solve(self, site: Site, module: nn.Module, fitted: Moments, held_out: Moments) -> None:
         """One factor for each unit, or all weights, or the one and then the other."""
-        weight = logical_weight(module).detach()
-        bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
-        ridges = [step * self.ridge for step in RIDGE_STEPS]
-        if self.rescale:
-            by_unit = partial(rescaled, width=site.gate.width)
-            weight, bias, _ = fit_checked(fitted, held_out, weight, bias, ridges, by_unit)
-        if self.least_squares:
-            weight, bias, _ = fit_checked(fitted, held_out, weight, bias, ridges)
-        write_(module, weight, bias)
+        by_unit: Solve = partial(rescaled, width=site.gate.width)
+        both = ((by_unit, self.rescale), (solve_towards, self.least_squares))
+        fit_(module, (fitted, held_out), self.ridge, [solve for solve, wanted in both if wanted])
 
     def _go_on(self, site: Site, module: nn.Module, passed: Sequence[Seen]) -> None:
         """The layer's output with the new weights, from what was seen with the old ones."""
@@ -238,22 +234,6 @@ class _Walk:
         return float(judged or every)
 
 
-def inputs_and_residual(seen: Seen) -> tuple[Tensor, Tensor]:
-    """What a projection saw, and what its output was added to."""
-    assert seen.inputs is not None and seen.output is not None and seen.total is not None  # noqa: S101, PT018  # the layer ran
-    return seen.inputs, seen.total - seen.output.view_as(seen.total)
-
-
-def write_(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear layer the weights that a fit has found, the same on all processes."""
-    if PartialState().num_processes > 1:  # equal sums give equal solutions, but only up to rounding
-        weight = broadcast(weight.contiguous())
-        bias = None if bias is None else broadcast(bias)
-    logical_weight(module).data.copy_(weight)
-    if bias is not None:
-        module.bias.data.copy_(bias)  # type: ignore[operator]  # it has one
-
-
 @torch.no_grad()
 def refit(
     model: PreTrainedModel,
@@ -292,15 +272,15 @@ def refit(
     else:
         modules = {site.gate.module for site in sites if site.name in changed}
     fitted = []
-    with both_in_eval(model, targets.dense):
-        walk = _Walk(
-            model, targets, ridge, None if kept is None else kept.sites, rescale, least_squares
-        )
-        layers, stack = by_layer(targets.sites), ""
-        for runs in segments(list(layers), targets.streams[0].order):
+    with in_eval(model, targets.dense):
+        there = None if kept is None else kept.sites
+        walk = _Walk(model, targets, ridge, there, rescale, least_squares)
+        layers, stack = list(by_layer(targets.sites)), ""
+        stacks = by_stack(layers)
+        for runs in segments(layers, targets.streams[0].order):
             before, stack = stack, runs[0].rpartition(".")[0]
             if before not in ("", stack):
-                walk.enter([name for name in layers if name.rpartition(".")[0] == stack])
+                walk.enter(stacks[stack])
             inside = [site for site in sites if site.layer_module in runs]
             walk.segment(runs, inside, modules)
             fitted += [site.name for site in inside if site.gate.module in modules]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prune.gates import check_plan, sites_for
+from hf_prune.gates.plans import check_plan, sites_for
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import (
     HIDDEN,
@@ -18,14 +18,14 @@ from hf_prune.sites import (
     join,
     logical_weight,
 )
-from hf_prune.surgery.rebuild import (
+from hf_prune.surgery.rebuild import update_sizes_
+from hf_prune.surgery.remade import (
     UnevenGroups,
     empty_,
     get_attribute,
     keep_heads_,
     set_attribute_,
     spread_,
-    update_sizes_,
 )
 from hf_prune.surgery.shapes import (
     Changes,

@@ -1,6 +1,6 @@
 """Widths written down: what a pruned model's config must say so that it can be built again.
 
-`hf_prune.surgery.rebuild` reads the description; here it is made.
+`hf_prune.surgery.rebuild` follows the description; here it is made.
 """
 
 from collections import defaultdict
@@ -15,14 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import CheckpointError
 from hf_prune.sites import base_model, find_sites, logical_weight
-from hf_prune.surgery.rebuild import (
-    KEY,
-    QUANT_METHOD,
-    SHAPES_VERSION,
-    TABLES,
-    resolve,
-    update_sizes_,
-)
+from hf_prune.surgery.description import KEY, QUANT_METHOD, SHAPES_VERSION, TABLES
+from hf_prune.surgery.rebuild import resolve, update_sizes_
 
 
 @dataclass

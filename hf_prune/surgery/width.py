@@ -31,25 +31,23 @@ from hf_prune.sites import (
 )
 from hf_prune.statistics.batches import by_token, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.moments import Moments, fit_checked
+from hf_prune.statistics.moments import Moments
 from hf_prune.statistics.streams import (
+    Enough,
     Stream,
-    both_in_eval,
     by_layer,
+    by_stack,
     first_tensor,
+    in_eval,
     run_layer,
     start_streams,
     watched,
 )
 from hf_prune.surgery.dense import DenseTargets
-from hf_prune.surgery.reconstruct import RIDGE_STEPS, inputs_and_residual, write_
+from hf_prune.surgery.fit import fit_, inputs_and_residual
 
 TINY = 1e-12
 """A channel that varies less than this keeps its scale."""
-
-
-class _Enough(Exception):  # it ends a pass early, and is no error
-    """What was to be seen has been seen."""
 
 
 @contextmanager
@@ -59,12 +57,12 @@ def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].detach())
-        raise _Enough
+        raise Enough
 
     handle = module.register_forward_pre_hook(keep)
     try:
         yield seen
-    except _Enough:
+    except Enough:
         pass
     finally:
         handle.remove()
@@ -188,17 +186,11 @@ class _Walk:
             every = [(module(x), t) for pair in pairs for x, t in pair if len(x)]
             _fit_channels(module, every)
             return
-        weight = logical_weight(module).detach()
-        empty = Moments.zeros(weight.shape[1], weight.shape[0], weight.device)
-        fitted, held_out = empty, empty.plus(empty)
+        fitted, held_out = (Moments.of(logical_weight(module)) for _ in range(2))
         for first, second in pairs:
             fitted.add(*first)
             held_out.add(*second)
-        bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
-        ridges = [step * self.ridge for step in RIDGE_STEPS]
-        sums = fitted.over_processes(), held_out.over_processes()
-        new, new_bias, _ = fit_checked(*sums, weight, bias, ridges)
-        write_(module, new, new_bias)
+        fit_(module, (fitted.over_processes(), held_out.over_processes()), self.ridge)
 
     def fit_readers(self, first: str, record: _Record, run: Callable[[int], Any]) -> None:
         """Fit all modules that read the same tensor to what they gave in the dense network.
@@ -295,9 +287,10 @@ def refit_width(
     """
     dense = targets.dense
     (site,) = find_sites(dense, [HIDDEN])
-    with both_in_eval(model, dense):
+    with in_eval(model, dense):
         walk = _Walk(model, targets, site, torch.tensor(kept), ridge)
         layers = list(walk.layers)
+        stacks = by_stack(layers)
         inside = tuple(f"{name}." for name in layers)
         outer = [name for name in walk.names if not name.startswith(inside)]
         record = _Record()
@@ -315,7 +308,7 @@ def refit_width(
             if name in walk.layers:
                 before, stack = stack, name.rpartition(".")[0]
                 if before != stack:
-                    walk.enter([each for each in layers if each.rpartition(".")[0] == stack])
+                    walk.enter(stacks[stack])
                 walk.go_through(name)
             elif record.reads[name] == name:
                 walk.fit_readers(name, record, run)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.recipe import Distill, Train, explain
+from hf_prune.sites import ALL_KINDS, find_sites, hidden_width
 from hf_prune.statistics.batches import (
     counted_positions,
     is_causal_lm,
@@ -167,9 +168,11 @@ class DistillCallback(TrainerCallback):
         attention = bool(stage.attention or stage.relations)
         ours = attach_taps(student, hidden=hidden, attention=attention, training_only=True)
         theirs = attach_taps(teacher, hidden=hidden, attention=attention)
-        width = (int(student.config.hidden_size), int(teacher.config.hidden_size))
         needed = {"hidden": bool(stage.hidden or searches), "embeddings": bool(stage.embeddings)}
-        widths = {name: width for name, wanted in needed.items() if wanted}
+        widths: dict[str, tuple[int, int]] = {}
+        if any(needed.values()):
+            own, other = (hidden_width(m, find_sites(m, ALL_KINDS)) for m in (student, teacher))
+            widths = {name: (own, other) for name, wanted in needed.items() if wanted}
         rate = stage.projection_learning_rate
         return InnerTerms(stage, ours, theirs, Projections(widths, rate, student.device))
 

@@ -19,7 +19,8 @@ from hf_prune.budget.selection import Selection
 from hf_prune.budget.solvers import get_solver
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import NumericsError
-from hf_prune.gates import Gates, check_plan, expand_gate, plan_gates
+from hf_prune.gates.gate import Gates, expand_gate
+from hf_prune.gates.plans import check_plan, plan_gates
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, logical_weight, projection
 from hf_prune.statistics.collect import sum_over_processes

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_prune.errors import DataError, NumericsError
 from hf_prune.statistics.batches import Batch, forward_kwargs, sequence_mask, to_device
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.streams import both_in_eval
+from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.dense import held_out_examples
 from hf_prune.training.losses import distillation_loss
 
@@ -121,7 +121,7 @@ def polish_(
     held_out = [held_out_examples(model, to_device(b, model.device)).cpu() for b in batches]
     work, kept = _Polish(model, dense, batches, held_out), False
     try:
-        with both_in_eval(model, dense), torch.enable_grad():
+        with in_eval(model, dense), torch.enable_grad():
             before = work.judge()
             for vector in vectors:
                 vector.requires_grad_()

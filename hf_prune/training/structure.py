@@ -15,7 +15,9 @@ from hf_prune.budget.solvers import get_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError, NumericsError
-from hf_prune.gates import Gates, attach_gates, check_plan, plan_gates
+from hf_prune.gates.attach import attach_gates
+from hf_prune.gates.gate import Gates
+from hf_prune.gates.plans import check_plan, plan_gates
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
 from hf_prune.statistics.collect import Statistics, sum_over_processes

@@ -16,10 +16,20 @@ from transformers.pytorch_utils import Conv1D
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.recipe import Student
-from hf_prune.sites import Site, base_model, find_sites, layer_modules, logical_weight, projection
+from hf_prune.sites import (
+    Site,
+    base_model,
+    find_sites,
+    hidden_width,
+    layer_modules,
+    logical_weight,
+    projection,
+)
 from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
 from hf_prune.statistics.collect import collect
 from hf_prune.statistics.score import score
+from hf_prune.statistics.streams import in_eval
+from hf_prune.surgery.shapes import forget_shapes_, set_key_
 from hf_prune.training.mapping import uniform_pairs
 from hf_prune.training.taps import attach_taps
 
@@ -51,67 +61,74 @@ def _sizes(model: PreTrainedModel) -> dict[str, int]:
     if any(len(units) != 1 for units in kinds.values()) or set(kinds) != {"heads", "neurons"}:
         raise ConfigError("a student is made from a teacher whose layers all have the same widths.")
     sizes = {kind: units.pop() for kind, units in kinds.items()}
-    return {"layers": len(layer_modules(model)), "hidden": int(model.config.hidden_size), **sizes}
+    return {"layers": len(layer_modules(model)), "hidden": hidden_width(model, sites), **sizes}
 
 
-def _head_width(sites: Sequence[Site]) -> int:
-    return next(site.gate.width for site in sites if site.kind == "heads")
+def _head_site(model: PreTrainedModel) -> Site:
+    """The heads of one layer; they are alike in all of them."""
+    return next(site for site in find_sites(model) if site.kind == "heads")
 
 
-def _check_heads(teacher: PreTrainedModel, stage: Student, wanted: Mapping[str, int]) -> None:
-    """Refuse a hidden width and a number of heads that do not go together.
+def _grouped(config: PreTrainedConfig) -> bool:
+    """Whether several query heads share keys and values."""
+    shared = getattr(config, "num_key_value_heads", None)
+    return shared is not None and shared != config.num_attention_heads
+
+
+def _check_heads(
+    teacher: PreTrainedModel, config: PreTrainedConfig, wanted: Mapping[str, int]
+) -> None:
+    """Refuse heads that a model of this config would not have as the teacher has them.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: naming the widths.
     """
-    hidden, heads = wanted["hidden"], wanted["heads"]
-    width = _head_width(find_sites(teacher))
-    if teacher.config.num_attention_heads != _sizes(teacher)["heads"]:
-        raise ConfigError("under grouped queries a student keeps the hidden width and the heads.")
-    if hidden % heads:
-        raise ConfigError(f"hidden={hidden} is not a multiple of heads={heads}.")
-    if stage.init == "teacher" and hidden // heads != width:
+    with torch.device("meta"):
+        built = _head_site(type(teacher)(config))
+    ours, theirs = built.gate.width, _head_site(teacher).gate.width
+    if (built.units, ours) != (wanted["heads"], theirs):
         raise ConfigError(
-            f"hidden / heads is {hidden // heads} in the student and {width} in the teacher: heads "
-            "can be taken over only if they are as wide."
+            f"hidden / heads is {ours} in the student and {theirs} in the teacher: heads can be "
+            f"taken over only if they are as wide. With hidden={wanted['hidden']} write "
+            f"heads={wanted['hidden'] // theirs}."
         )
 
 
 def student_config(
     teacher: PreTrainedModel, stage: Student
 ) -> tuple[PreTrainedConfig, dict[str, int]]:
-    """The config of a student, and its sizes.
+    """The config of a student, and its sizes: of a pruned teacher those that it has by now.
 
     Raises:
         ConfigError: when a size is larger than the teacher's, or heads would have another width.
     """
     sizes = _sizes(teacher)
-    wanted = {
-        "layers": stage.layers or sizes["layers"],
-        "hidden": stage.hidden or sizes["hidden"],
-        "heads": stage.heads or sizes["heads"],
-        "neurons": stage.neurons or sizes["neurons"],
-    }
+    wanted = {name: getattr(stage, name) or size for name, size in sizes.items()}
     for name, size in wanted.items():
         if stage.init == "teacher" and size > sizes[name]:
             raise ConfigError(f"{name}={size} is more than the teacher's {sizes[name]}.")
-    if any(wanted[name] != sizes[name] for name in ("hidden", "heads")):
-        _check_heads(teacher, stage, wanted)
     config = copy.deepcopy(teacher.config)
-    names = {
-        "num_hidden_layers": wanted["layers"],
-        "hidden_size": wanted["hidden"],
-        "num_attention_heads": wanted["heads"],
-    }
-    if wanted["heads"] == sizes["heads"]:
-        del names["num_attention_heads"]  # under grouped queries a unit is not one head
-    for name, value in names.items():
-        setattr(config, name, value)  # families with other names map them
+    forget_shapes_(config)
+    if not _grouped(config):
+        config.num_attention_heads = wanted["heads"]
+    elif any(wanted[name] != sizes[name] for name in ("hidden", "heads")):
+        raise ConfigError("under grouped queries a student keeps the hidden width and the heads.")
+    else:
+        for key, per_unit in _head_site(teacher).sizes:
+            set_key_(config, key, per_unit * sizes["heads"])
+    config.num_hidden_layers = wanted["layers"]  # families with other names map them
+    config.hidden_size = wanted["hidden"]
     keys = ("intermediate_size", "hidden_dim", "n_inner")
     width = next((key for key in keys if hasattr(config, key)), None)
     if width is None:
         raise ConfigError(f"{config.model_type} does not say how wide its feed-forward blocks are.")
     setattr(config, width, wanted["neurons"])
+    if getattr(config, "head_dim", None) is None and wanted["hidden"] % wanted["heads"]:
+        raise ConfigError(
+            f"hidden={wanted['hidden']} is not a multiple of heads={wanted['heads']}."
+        )
+    if stage.init == "teacher":
+        _check_heads(teacher, config, wanted)
     return config, wanted
 
 
@@ -141,24 +158,22 @@ def _hidden_scores(
             squares[name] = squares[name] + total if name in squares else total
 
         handles.append(projection(base, name).register_forward_pre_hook(note))
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            batch = to_device(batch, model.device)
-            state["mask"] = token_mask(model, batch)
-            model(**forward_kwargs(model, batch, labels=False))
-            tokens += int(state["mask"].sum())
-            for index in range(taps.layers):
-                before, after = (taps.hidden[i][state["mask"]].float() for i in (index, index + 1))
-                cosine = torch.cosine_similarity(before, after, dim=-1)
-                turns[index] += (1 - cosine).double().sum().cpu()
+        with in_eval(model):
+            for batch in batches:
+                batch = to_device(batch, model.device)
+                mask = state["mask"] = token_mask(model, batch)
+                model(**forward_kwargs(model, batch, labels=False))
+                tokens += int(mask.sum())
+                for index in range(taps.layers):
+                    before, after = (taps.hidden[i][mask].float() for i in (index, index + 1))
+                    cosine = torch.cosine_similarity(before, after, dim=-1)
+                    turns[index] += (1 - cosine).double().sum().cpu()
     finally:
-        model.train(training)
         taps.remove()
         for handle in handles:
             handle.remove()
-    scores = torch.zeros(int(model.config.hidden_size), dtype=torch.float64)
+    scores = torch.zeros(hidden_width(model, find_sites(model)), dtype=torch.float64)
     for name, total in squares.items():
         reads = total * logical_weight(projection(base, name)).double().cpu().square().sum(dim=0)
         scores += reads / reads.sum()

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from hf_prune.errors import CheckpointError, ConfigError, DataError
 from hf_prune.recipe import Prune, did_you_mean
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.weights.find import find_matrices
 from hf_prune.weights.masks import (
     WEIGHT_SOLVERS,
     Masks,
@@ -19,6 +18,7 @@ from hf_prune.weights.masks import (
     count_kept,
     magnitude_masks,
 )
+from hf_prune.weights.stage import find_stage
 
 TRAINING_CRITERIA = ("magnitude", "movement")
 """Criteria of single weights that `PruneCallback` knows. `movement` keeps what training moves away
@@ -60,20 +60,18 @@ class WeightPruning:
             )
 
     def start(self, model: nn.Module) -> None:
-        """Nothing is masked yet."""
+        """Nothing is masked yet.
+
+        Raises:
+            ConfigError: when the stage names what the model does not have, or leaves nothing.
+        """
         self.model, self.masks, self.sums, self.inside = model, {}, {}, {}
+        find_stage(model, self.stage)
 
     def matrices(self) -> dict[str, Tensor]:
         """What is pruned, by parameter name."""
         assert self.model is not None  # noqa: S101  # start() came first
-        single = self.stage.single
-        found = find_matrices(
-            self.model,
-            targets=single.targets,
-            ignore=self.stage.ignore,
-            embeddings=single.embeddings,
-        )
-        return {matrix.name: matrix.parameter for matrix in found}
+        return {matrix.name: matrix.parameter for matrix in find_stage(self.model, self.stage)}
 
     @torch.no_grad()
     def observe(self) -> None:

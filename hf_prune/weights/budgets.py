@@ -10,7 +10,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.recipe import count_to_remove
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.patterns import Pattern, keep, removed_by
-from hf_prune.weights.problem import Options, data_free_scores
+from hf_prune.weights.problem import Options
 from hf_prune.weights.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.weights.solvers import Problem, wanda
 from hf_prune.weights.walk import Inputs
@@ -44,12 +44,7 @@ def _one_ranking(matrices: Sequence[Matrix], sparsity: float, options: Options) 
     parts = []
     for matrix in matrices:
         for group, weight in enumerate(matrix.view(matrix.parameter.detach())):
-            found = options.scores.get(matrix.name)
-            parts.append(
-                data_free_scores(options.criterion, matrix.name, group, weight, options.seed)
-                if found is None
-                else found[group]
-            )
+            parts.append(options.scores_of(matrix.name, group, weight))
     flat = torch.cat([part.float().flatten().cpu() for part in parts])
     kept = keep(flat.view(1, -1), count_to_remove(sparsity, flat.numel()), Pattern()).flatten()
     counts = [int((~piece).sum()) for piece in kept.split([part.numel() for part in parts])]

@@ -5,7 +5,7 @@ and embeddings where they are asked for. A matrix that several modules share is 
 """
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import ConfigError
-from hf_prune.recipe import did_you_mean
+from hf_prune.recipe import Names, did_you_mean
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
@@ -78,9 +78,46 @@ def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]
         yield from _experts(prefix, module)
 
 
-def _matches(matrix: Matrix, module: nn.Module, patterns: Sequence[str]) -> bool:
-    names = (matrix.name, matrix.module, type(module).__name__)
+_Named = list[tuple[Matrix, nn.Module]]
+"""One matrix under each name that it has, with the modules that have it."""
+
+
+def _names(found: _Named) -> set[str]:
+    """What a pattern can call a matrix: its parameter, its module, and the class of its module."""
+    return {
+        name
+        for matrix, module in found
+        for name in (matrix.name, matrix.module, type(module).__name__)
+    }
+
+
+def _matches(found: _Named, patterns: Sequence[str]) -> bool:
+    names = _names(found)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _by_parameter(model: nn.Module, *, embeddings: bool) -> dict[int, _Named]:
+    embedded: set[int] = set()
+    if not embeddings:
+        embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found: dict[int, _Named] = {}
+    for prefix, module in model.named_modules():
+        for matrix in _of(prefix, module, embeddings=embeddings):
+            if id(matrix.parameter) not in embedded:
+                found.setdefault(id(matrix.parameter), []).append((matrix, module))
+    return found
+
+
+def _all_names(model: nn.Module, prunable: Mapping[int, _Named]) -> Names:
+    """Every name in a model: of what is prunable, of what holds some of it, and of the rest."""
+    holding: set[str] = set()
+    others = {name for name, _ in model.named_parameters()}
+    for name, module in model.named_modules():
+        holds = any(id(parameter) in prunable for parameter in module.parameters())
+        (holding if holds else others).update((name, type(module).__name__))
+    known = [found[0][0].name for found in prunable.values()]
+    also = {name for found in prunable.values() for name in _names(found)}
+    return Names(known, also, holding - also, others - holding - also)
 
 
 def find_matrices(
@@ -97,33 +134,26 @@ def find_matrices(
     Args:
         model: any `nn.Module`.
         targets: shell patterns; a matrix is taken if one fits the name of its parameter, the name
-            of its module, or the class of its module (`Linear`). All are, if none is given.
+            of its module, or the class of its module (`Linear`). All are, if none is given. Any
+            name of a shared one will do.
         ignore: the same, for what is left alone.
         embeddings: take embeddings too. Otherwise what an embedding shares is left alone.
 
     Raises:
-        ConfigError: when nothing is left, or a target fits nothing at all.
+        ConfigError: when a target fits no matrix, or what is to be ignored nothing at all.
     """
-    taken: set[int] = set()
-    if not embeddings:
-        taken = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    found: list[Matrix] = []
-    seen: list[tuple[Matrix, nn.Module]] = []
-    for prefix, module in model.named_modules():
-        for matrix in _of(prefix, module, embeddings=embeddings):
-            if id(matrix.parameter) in taken:
-                continue
-            taken.add(id(matrix.parameter))
-            seen.append((matrix, module))
-            if targets and not _matches(matrix, module, targets):
-                continue
-            if not _matches(matrix, module, ignore):
-                found.append(matrix)
+    prunable = _by_parameter(model, embeddings=embeddings)
     for target in targets:
-        if not any(_matches(matrix, module, [target]) for matrix, module in seen):
-            names = [matrix.name for matrix, _ in seen]
+        if not any(_matches(found, [target]) for found in prunable.values()):
+            names = [found[0][0].name for found in prunable.values()]
             raise ConfigError(f"targets: nothing is called {target!r}{did_you_mean(target, names)}")
-    return found
+    if ignore:
+        _all_names(model, prunable).check_ignored(ignore)
+    return [
+        found[0][0]
+        for found in prunable.values()
+        if (not targets or _matches(found, targets)) and not _matches(found, ignore)
+    ]
 
 
 def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -133,6 +163,9 @@ def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Tens
         model: any `nn.Module`.
         ignore: shell patterns of parameters, modules or classes to leave out, such as
             `classifier.*`.
+
+    Raises:
+        ConfigError: when one of them fits nothing at all.
     """
     return {matrix.name: matrix.parameter for matrix in find_matrices(model, ignore=ignore)}
 

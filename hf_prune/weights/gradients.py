@@ -10,6 +10,7 @@ from hf_prune.errors import DataError, NumericsError
 from hf_prune.statistics.batches import forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.projection import project_output
+from hf_prune.statistics.streams import in_eval
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.walk import Inputs, call_model
 
@@ -76,18 +77,16 @@ def gradient_scores(
     if not batches:
         raise DataError(f"criterion {criterion!r} needs calibration batches.")
     sums = {m.name: torch.zeros_like(m.parameter, dtype=torch.float32) for m in matrices}
-    training = model.training
-    model.eval()
     parameters = [matrix.parameter for matrix in matrices]
-    for index, batch in enumerate(batches):
-        with torch.enable_grad():
-            first_order = criterion == "sensitivity"
-            value = _loss(model, batch) if first_order else projected(model, batch, seed, index)
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
-        for matrix, gradient in zip(matrices, found, strict=True):
-            if gradient is not None:
-                sums[matrix.name] += gradient if first_order else gradient.square()
-    model.train(training)
+    first_order = criterion == "sensitivity"
+    with in_eval(model):
+        for index, batch in enumerate(batches):
+            with torch.enable_grad():
+                value = _loss(model, batch) if first_order else projected(model, batch, seed, index)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            for matrix, gradient in zip(matrices, found, strict=True):
+                if gradient is not None:
+                    sums[matrix.name] += gradient if first_order else gradient.square()
     result = {}
     count = float(
         sum_over_processes(torch.tensor(float(len(batches)), device=parameters[0].device))
@@ -97,6 +96,6 @@ def gradient_scores(
         if not torch.isfinite(total).all():
             raise NumericsError(f"{matrix.name}: the gradient is not finite.")
         weight = matrix.parameter.detach().float()
-        scores = (weight * total).abs() if criterion == "sensitivity" else weight.square() * total
+        scores = (weight * total).abs() if first_order else weight.square() * total
         result[matrix.name] = matrix.view(scores.contiguous())
     return result

@@ -16,7 +16,8 @@ from torch.nn.functional import linear, pad
 from torch.utils.hooks import RemovableHandle
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.statistics.streams import Call, first_tensor
+from hf_prune.statistics.batches import by_token
+from hf_prune.statistics.streams import Call, Enough, first_tensor
 from hf_prune.weights.find import Matrix
 
 
@@ -30,16 +31,12 @@ class Trace:
     totals: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Stop(Exception):
-    """Ends a run whose rest nobody needs."""
-
-
 def _keep_call(trace: Trace, name: str, *, stop: bool) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace.calls.setdefault(name, []).append(Call(args, kwargs))
         trace.order.append(name)
         if stop:
-            raise Stop
+            raise Enough
 
     return hook
 
@@ -55,7 +52,7 @@ def _keep_input(store: dict[str, Tensor], name: str, *, stop: bool) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         store[name] = args[0]
         if stop:
-            raise Stop
+            raise Enough
 
     return hook
 
@@ -67,7 +64,7 @@ def traced(
     sums: Mapping[str, str] | None = None,
     stop_after: str | None = None,
 ) -> Iterator[Trace]:
-    """Watch modules of `root` inside a `with` block. `Stop` ends the block early and quietly.
+    """Watch modules of `root` inside a `with` block. `Enough` ends the block early and quietly.
 
     Args:
         root: in which names are looked up; "" is `root` itself.
@@ -94,7 +91,7 @@ def traced(
         )
     try:
         yield trace
-    except Stop:
+    except Enough:
         pass
     finally:
         for handle in handles:
@@ -146,6 +143,14 @@ def _give(values: Iterator[Tensor]) -> Any:
     return lambda *args, **kwargs: next(values)
 
 
+def never_ran(names: Sequence[str]) -> UnsupportedModelError:
+    """The error for modules that calibration does not reach."""
+    return UnsupportedModelError(
+        f"calibration never ran {', '.join(names[:3])}: nothing is known about its inputs. "
+        "Leave it out with ignore."
+    )
+
+
 def main_tensor(module: nn.Module, call: Call) -> Tensor:
     """The first argument of a call, wherever it stands."""
     value = call.args[0] if call.args else next(iter(call.kwargs.values()))
@@ -159,10 +164,8 @@ def main_tensor(module: nn.Module, call: Call) -> Tensor:
 
 def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
     """`[..., C]` as `[rows, C]`, without padding where `value` is `[B, T, C]` or `[B * T, C]`."""
-    if mask is not None and value.ndim == 3 and value.shape[:2] == mask.shape:
-        return value[mask.to(value.device)]
-    if mask is not None and value.ndim == 2 and value.shape[0] == mask.numel():
-        return value[mask.flatten().to(value.device)]
+    if mask is not None and value.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return by_token(value, mask.to(value.device))
     return value.reshape(-1, value.shape[-1])
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.errors import NumericsError, UnsupportedModelError
+from hf_prune.errors import NumericsError
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.weights.find import Matrix, set_values_
-from hf_prune.weights.inputs import real_rows
+from hf_prune.weights.inputs import never_ran, real_rows
 from hf_prune.weights.patterns import Pattern, keep
 
 
@@ -84,9 +84,7 @@ def prune_by_norms(
     squares = _squares(modules, run, masks)
     for matrix in matrices:
         if matrix.module not in squares:
-            raise UnsupportedModelError(
-                f"calibration never ran {matrix.module}: leave it out with ignore."
-            )
+            raise never_ran([matrix.module])
         inputs = squares[matrix.module]
         if not bool(torch.isfinite(inputs).all()):
             raise NumericsError(f"{matrix.name}: its inputs on calibration data are not finite.")

@@ -20,6 +20,28 @@ CRITERIA = (*DATA_FREE, *GRADIENTS, *SOLVERS)
 """Criteria that a stage of single weights can name."""
 
 
+def data_free_scores(criterion: str, name: str, group: int, weight: Tensor, seed: int) -> Tensor:
+    """Scores `[R, C]` that need nothing but the weight; higher = keep.
+
+    `random` is uniform in [0, 1). `magnitude` is `|w|`. `magnitude_normalized` is `|w|` as a share
+    of its row plus as a share of its column (Zhang et al. 2024, arXiv:2402.04902).
+    `magnitude_sigma` is `|w|` in standard deviations of the matrix (Han et al. 2015,
+    arXiv:1506.02626).
+    """
+    size = weight.detach().float().abs()
+    if criterion == "random":
+        key = zlib.crc32(f"{name}/{group}".encode(), seed & 0xFFFFFFFF)
+        generator = torch.Generator().manual_seed(key)
+        return torch.rand(size.shape, generator=generator).to(size.device)
+    if criterion == "magnitude_normalized":
+        rows = size.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        columns = size.sum(dim=0, keepdim=True).clamp(min=1e-30)
+        return size / rows + size / columns
+    if criterion == "magnitude_sigma":
+        return size / weight.detach().float().std().clamp(min=1e-30)
+    return size
+
+
 @dataclass(frozen=True)
 class Options:
     """How every matrix of a stage is pruned."""
@@ -45,6 +67,18 @@ class Options:
     def norms_only(self) -> bool:
         """Whether the norms of inputs are all that is read of them."""
         return self.criterion == "wanda" and not self.dense_target and self.refit_steps == 0
+
+    def scores_of(self, name: str, group: int, weight: Tensor) -> Tensor:
+        """Scores `[R, C]` of one matrix that need no inputs; higher = keep.
+
+        Those that were collected, or what the criterion says of the weight; where it needs inputs,
+        its magnitude.
+        """
+        found = self.scores.get(name)
+        if found is not None:
+            return found[group].to(weight.device)
+        criterion = self.criterion if self.criterion in DATA_FREE else "magnitude"
+        return data_free_scores(criterion, name, group, weight, self.seed)
 
 
 @dataclass(frozen=True)
@@ -73,28 +107,6 @@ class Fit:
     mask: Tensor
     bias: Tensor | None
     error: float
-
-
-def data_free_scores(criterion: str, name: str, group: int, weight: Tensor, seed: int) -> Tensor:
-    """Scores `[R, C]` that need nothing but the weight; higher = keep.
-
-    `random` is uniform in [0, 1). `magnitude` is `|w|`. `magnitude_normalized` is `|w|` as a share
-    of its row plus as a share of its column (Zhang et al. 2024, arXiv:2402.04902).
-    `magnitude_sigma` is `|w|` in standard deviations of the matrix (Han et al. 2015,
-    arXiv:1506.02626).
-    """
-    size = weight.detach().float().abs()
-    if criterion == "random":
-        key = zlib.crc32(f"{name}/{group}".encode(), seed & 0xFFFFFFFF)
-        generator = torch.Generator().manual_seed(key)
-        return torch.rand(size.shape, generator=generator).to(size.device)
-    if criterion == "magnitude_normalized":
-        rows = size.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        columns = size.sum(dim=0, keepdim=True).clamp(min=1e-30)
-        return size / rows + size / columns
-    if criterion == "magnitude_sigma":
-        return size / weight.detach().float().std().clamp(min=1e-30)
-    return size
 
 
 def _moving(subject: Subject, options: Options) -> bool:
@@ -139,15 +151,6 @@ def make_problem(
     return problem, mean_x, mean_t
 
 
-def _scores(subject: Subject, options: Options) -> Tensor:
-    found = options.scores.get(subject.name)
-    if found is not None:
-        return found[subject.group].to(subject.weight.device)
-    return data_free_scores(
-        options.criterion, subject.name, subject.group, subject.weight, options.seed
-    )
-
-
 def solve(subject: Subject, moments: Moments, removed: int, options: Options) -> Fit:
     """Prune one matrix: choose what stays, and what it becomes.
 
@@ -164,7 +167,9 @@ def solve(subject: Subject, moments: Moments, removed: int, options: Options) ->
     elif options.criterion in SOLVERS:
         new, mask = SOLVERS[options.criterion](problem, steps)
     else:
-        new, mask = project(problem, _scores(subject, options), steps)
+        new, mask = project(
+            problem, options.scores_of(subject.name, subject.group, subject.weight), steps
+        )
     wanted = ((problem.target @ problem.gram) * problem.target).sum()
     error_share = float(problem.error(new).sum() / wanted.clamp(min=1e-30))
     bias = mean_t - new.double() @ mean_x if _moving(subject, options) else None

@@ -17,16 +17,23 @@ from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError, UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites
-from hf_prune.statistics.batches import Batch, token_mask
-from hf_prune.statistics.streams import Stream, by_layer, run_layer, start_streams
+from hf_prune.statistics.batches import Batch
+from hf_prune.statistics.streams import (
+    Stream,
+    by_layer,
+    by_stack,
+    in_eval,
+    run_layer,
+    start_streams,
+)
 from hf_prune.weights.find import Matrix, set_values_
 from hf_prune.weights.inputs import traced
 from hf_prune.weights.masks import Masks
 from hf_prune.weights.norms import prune_by_norms
 from hf_prune.weights.patterns import keep
-from hf_prune.weights.problem import DATA_FREE, Options, data_free_scores
+from hf_prune.weights.problem import Options
 from hf_prune.weights.progress import Progress
-from hf_prune.weights.walk import Block, Inputs, call_model, prune_block
+from hf_prune.weights.walk import Block, Inputs, call_model, mask_of, prune_block
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +67,7 @@ def _prune_without_data(matrices: Sequence[Matrix], removed: Removed, options: O
     for matrix in matrices:
         mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
         for group, weight in enumerate(matrix.view(matrix.parameter.data)):
-            found = options.scores.get(matrix.name)
-            criterion = options.criterion if options.criterion in DATA_FREE else "magnitude"
-            scores = (
-                data_free_scores(criterion, matrix.name, group, weight, options.seed)
-                if found is None
-                else found[group]
-            )
+            scores = options.scores_of(matrix.name, group, weight)
             kept = keep(scores, removed[matrix.name][group], options.pattern)
             matrix.view(mask)[group].copy_(kept)
             set_values_(matrix, group, torch.where(kept, weight, 0))
@@ -89,14 +90,6 @@ def _known_layers(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, list
     with traced(base_model(model), list(layers)) as trace:
         call_model(model, batches[0])
     return layers if sorted(trace.order) == sorted(layers) else {}
-
-
-def _stacks(layers: Mapping[str, list[Site]]) -> list[dict[str, list[Site]]]:
-    """The layers of each stack: a text tower and an image tower do not feed each other."""
-    stacks: dict[str, dict[str, list[Site]]] = {}
-    for layer, sites in layers.items():
-        stacks.setdefault(layer.rpartition(".")[0], {})[layer] = sites
-    return list(stacks.values())
 
 
 @dataclass
@@ -269,23 +262,14 @@ def _prune_whole(
     batches: Sequence[Inputs],
     job: Job,
 ) -> None:
-    """Any matrices, each reached from the input of the whole model.
-
-    Of an encoder with a decoder all positions count, since one mask says nothing of the other's.
-    """
-
-    def mask(batch: Inputs) -> Tensor | None:
-        if not isinstance(model, PreTrainedModel) or not isinstance(batch, Mapping):
-            return None
-        return None if model.config.is_encoder_decoder else token_mask(model, batch)
-
+    """Any matrices, each reached from the input of the whole model."""
     block = Block(
         "",
         dense,
         model,
         lambda index: call_model(dense, batches[index]),
         lambda index: call_model(model, batches[index]),
-        [mask(batch) for batch in batches],
+        [mask_of(model, batch) for batch in batches],
     )
     for matrix, kept, fits in prune_block(block, matrices, job.removed, job.options):
         job.result.masks[matrix.name] = kept
@@ -331,10 +315,8 @@ def prune_weights_(
             f"criterion {options.criterion!r} with its re-fit needs calibration batches. Pass "
             "some, or choose a magnitude with reconstruct: false and dense_target: false."
         )
-    training = model.training
-    model.eval()
-    _prune_with_data(model, rest, batches, job)
-    model.train(training)
+    with in_eval(model):
+        _prune_with_data(model, rest, batches, job)
     job.result.masks = {m.name: job.result.masks[m.name] for m in matrices}
     return job.result
 
@@ -374,9 +356,9 @@ def _in_order(
         call_model(model, batches[0])
     place = {name: index for index, name in reversed(list(enumerate(trace.order)))}
     parts = []
-    for stack in sorted(_stacks(layers), key=lambda item: place[roots[next(iter(item))]]):
-        first = place[roots[next(iter(stack))]]
+    for stack in sorted(by_stack(layers).values(), key=lambda names: place[roots[names[0]]]):
+        first = place[roots[stack[0]]]
         before = [m for m in outside if place.get(m.module, len(trace.order)) < first]
-        parts.append((before, stack))
+        parts.append((before, {layer: layers[layer] for layer in stack}))
         outside = [matrix for matrix in outside if matrix not in before]
     return [*parts, (outside, {})]

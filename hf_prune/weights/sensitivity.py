@@ -1,22 +1,20 @@
 """What budgets need to know of a dense model: its inputs, and how much its outputs matter."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_prune.errors import DataError, UnsupportedModelError
-from hf_prune.statistics.batches import token_mask
+from hf_prune.errors import DataError
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.streams import first_tensor
+from hf_prune.statistics.streams import first_tensor, in_eval
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.gradients import projected
-from hf_prune.weights.inputs import Trace, main_tensor, paired_rows, traced
-from hf_prune.weights.walk import Inputs
+from hf_prune.weights.inputs import Trace, main_tensor, never_ran, paired_rows, traced
+from hf_prune.weights.walk import Inputs, mask_of
 
 
 @dataclass
@@ -81,10 +79,7 @@ def _sources(model: nn.Module, matrices: Sequence[Matrix], trace: Trace) -> dict
     result = {}
     for matrix in matrices:
         if matrix.module not in trace.calls:
-            raise UnsupportedModelError(
-                f"calibration never ran {matrix.module}: nothing is known about its inputs. Leave "
-                "it out with ignore."
-            )
+            raise never_ran([matrix.module])
         module = model.get_submodule(matrix.module)
         alone = "" if matrix.kind == "linear" else matrix.name
         key = (id(main_tensor(module, trace.calls[matrix.module][0])), alone)
@@ -110,30 +105,27 @@ def measure_sensitivity(
     sums = {matrix.name: _Sums() for matrix in matrices}
     energy, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     sources: dict[str, Matrix] = {}
-    training = model.training
-    model.eval()
-    for index, batch in enumerate(batches):
-        found: dict[str, Tensor] = {}
-        with (
-            torch.enable_grad(),
-            traced(model, names) as trace,
-            _watched_outputs(model, names, found),
-        ):
-            value = projected(model, batch, seed, index)
-        sources = sources or _sources(model, matrices, trace)
-        gradients = torch.autograd.grad(value, list(found.values()), allow_unused=True)
-        for name, gradient in zip(found, gradients, strict=True):
-            if gradient is not None:
-                energy[name] += float(gradient.double().square().sum())
-                counts[name] += gradient.numel()
-        known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping)
-        mask = token_mask(model, batch) if known else None  # type: ignore[arg-type]  # checked
-        for matrix in dict.fromkeys(sources.values()):
-            module = model.get_submodule(matrix.module)
-            for call in trace.calls[matrix.module]:
-                pairs = paired_rows(matrix, (module, call), (module, call), mask)
-                sums[matrix.name].add([x for x, _ in pairs])
-    model.train(training)
+    with in_eval(model):
+        for index, batch in enumerate(batches):
+            found: dict[str, Tensor] = {}
+            with (
+                torch.enable_grad(),
+                traced(model, names) as trace,
+                _watched_outputs(model, names, found),
+            ):
+                value = projected(model, batch, seed, index)
+            sources = sources or _sources(model, matrices, trace)
+            gradients = torch.autograd.grad(value, list(found.values()), allow_unused=True)
+            for name, gradient in zip(found, gradients, strict=True):
+                if gradient is not None:
+                    energy[name] += float(gradient.double().square().sum())
+                    counts[name] += gradient.numel()
+            mask = mask_of(model, batch)
+            for matrix in dict.fromkeys(sources.values()):
+                module = model.get_submodule(matrix.module)
+                for call in trace.calls[matrix.module]:
+                    pairs = paired_rows(matrix, (module, call), (module, call), mask)
+                    sums[matrix.name].add([x for x, _ in pairs])
     grams = {matrix.name: sums[matrix.name].means() for matrix in dict.fromkeys(sources.values())}
     device = next(model.parameters()).device
     felt = torch.tensor([[energy[n], counts[n]] for n in names], dtype=torch.float64, device=device)

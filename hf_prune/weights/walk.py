@@ -9,16 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune.errors import UnsupportedModelError
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
-from hf_prune.statistics.moments import Moments
+from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.moments import Moments, same_on_all
 from hf_prune.weights.find import Matrix, set_values_
-from hf_prune.weights.inputs import Replay, Trace, main_tensor, paired_rows, real_rows, traced
+from hf_prune.weights.inputs import (
+    Replay,
+    Trace,
+    main_tensor,
+    never_ran,
+    paired_rows,
+    real_rows,
+    traced,
+)
 from hf_prune.weights.problem import Fit, Options, Subject, solve
 
 Inputs = Tensor | tuple[Tensor, ...] | Batch
@@ -60,6 +65,16 @@ def call_model(model: nn.Module, batch: Inputs) -> Any:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
+def mask_of(model: nn.Module, batch: Inputs) -> Tensor | None:
+    """The real tokens of a batch, `[B, T]`; None, where nothing says which they are.
+
+    Of an encoder with a decoder all positions count, since one mask says nothing of the other's.
+    """
+    if not isinstance(model, PreTrainedModel) or not isinstance(batch, Mapping):
+        return None
+    return None if model.config.is_encoder_decoder else token_mask(model, batch)
+
+
 def _groups(block: Block, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     """Matrices in the order in which they are used; those that share one input tensor together."""
     names = list(dict.fromkeys(block.local(matrix.module) for matrix in matrices))
@@ -68,10 +83,7 @@ def _groups(block: Block, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     order = list(dict.fromkeys(trace.order))
     unused = [name for name in names if name not in order]
     if unused:
-        raise UnsupportedModelError(
-            f"calibration never ran {', '.join(unused[:3])}: nothing is known about its inputs. "
-            "Leave it out with ignore."
-        )
+        raise never_ran(unused)
     groups: dict[tuple[int, str, str], list[Matrix]] = {}
     for name in order:
         shared = id(main_tensor(block.dense.get_submodule(name), trace.calls[name][0]))
@@ -156,15 +168,6 @@ def _moments(block: Block, group: Sequence[Matrix], traces: _Traces) -> list[Mom
     return [item.over_processes() for item in result]
 
 
-def _shared(values: Tensor) -> Tensor:
-    """Values that are the same on every process: equal sums give equal solutions up to rounding."""
-    if PartialState().num_processes == 1:
-        return values
-    result = broadcast(values.contiguous())
-    assert isinstance(result, Tensor)  # noqa: S101  # a tensor in, a tensor out
-    return result
-
-
 def _bias(block: Block, matrix: Matrix, group: int) -> Tensor | None:
     """The bias of the outputs of one group, as a view into the parameter."""
     module = block.pruned.get_submodule(block.local(matrix.module))
@@ -210,9 +213,9 @@ def prune_block(
                 subject = Subject(matrix.name, index, weight, bias, on_sum)
                 fit = solve(subject, item, removed[matrix.name][index], options)
                 matrix.view(mask)[index].copy_(fit.mask)
-                set_values_(matrix, index, _shared(fit.weight) * fit.mask)
+                set_values_(matrix, index, same_on_all(fit.weight) * fit.mask)
                 if bias is not None and fit.bias is not None:
-                    bias.copy_(_shared(fit.bias))
+                    bias.copy_(same_on_all(fit.bias))
                 fits.append(fit)
             yield matrix, mask, fits
         if block.keep_traces:

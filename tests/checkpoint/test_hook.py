@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_prune.errors import CheckpointError
-from hf_prune.surgery.rebuild import TABLES, apply_shapes_
+from hf_prune.surgery.description import TABLES
+from hf_prune.surgery.rebuild import apply_shapes_
 from hf_prune.surgery.remove import remove_units
 
 QUERY = "encoder.layer.0.attention.self.query"

@@ -16,7 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-import hf_prune.checkpoint.vocabulary as room
+import hf_prune.surgery.vocabulary_stage as room
 from hf_prune.checkpoint.inspect import check_model
 from hf_prune.checkpoint.save import save_model
 from hf_prune.checkpoint.vocabulary import prune_saved_vocabulary

@@ -15,7 +15,7 @@ from hf_prune.budget.costs import unit_cost
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import PlanError
 from hf_prune.families import FAMILIES
-from hf_prune.gates import close_gates, masked
+from hf_prune.gates.plans import close_gates, masked
 from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import ALL_KINDS, base_model, find_sites

@@ -9,7 +9,7 @@ from tinies import DECODERS, EAGER_ONLY, SEQ2SEQ, auto_class
 from hf_prune.budget.costs import cost_tables
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import FAMILIES
-from hf_prune.gates import masked
+from hf_prune.gates.plans import masked
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import HIDDEN, find_sites

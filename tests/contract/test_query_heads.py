@@ -9,12 +9,12 @@ from tinies import EAGER_ONLY, auto_class
 
 from hf_prune import compress
 from hf_prune.errors import CheckpointError, ConfigError, PlanError
-from hf_prune.gates import masked
+from hf_prune.gates.plans import masked
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import load_recipe
 from hf_prune.sites import HIDDEN, QUERY_HEADS, find_sites
-from hf_prune.surgery.rebuild import UnevenGroups
+from hf_prune.surgery.remade import UnevenGroups
 from hf_prune.surgery.remove import remove_units
 
 GROUPED = (

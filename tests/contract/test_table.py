@@ -26,7 +26,7 @@ from hf_prune.checkpoint.hook import register
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.families import FAMILIES
-from hf_prune.gates import masked
+from hf_prune.gates.plans import masked
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import ALL_KINDS, HIDDEN, QUERY_HEADS, find_sites
 from hf_prune.surgery.layers import shorten_layers_

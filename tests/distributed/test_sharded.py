@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from hf_prune import close_gates, remove_units
-from hf_prune.gates import attach_gates
+from hf_prune.gates.attach import attach_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
 from hf_prune.statistics.collect import sum_over_processes

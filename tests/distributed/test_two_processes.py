@@ -17,8 +17,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from words import word_tokenizer
 
 from hf_prune import DistillCallback, PruneCallback, compress, last_checkpoint, prepare_trainer
+from hf_prune.errors import PlanError
 
 
 def model():
@@ -271,3 +273,29 @@ def test_times_of_the_main_process_decide_on_all(tmp_path):
     first, second = (json.loads((tmp_path / f"timed-{i}.json").read_text()) for i in range(2))
     assert first == second
     assert first["tables"] == 1
+
+
+def vocabulary_job(folder):
+    """What each process does: the same texts, and then texts of its own."""
+    state = PartialState(cpu=True)
+    recipe = {"stages": [{"stage": "vocabulary"}]}
+    tokenizer = word_tokenizer(["good", "bad", "film"])
+    same = compress(model(), recipe, tokenizer=tokenizer, texts=["good film"])
+    found = {"tokens": len(same.tokenizer), "told": None}
+    try:
+        own = [["good film"], ["bad film"]][state.process_index]
+        compress(model(), recipe, tokenizer=tokenizer, texts=own)
+    except PlanError as error:
+        found["told"] = str(error)
+    (Path(folder) / f"vocabulary-{state.process_index}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="debug_launcher forks")
+def test_the_same_tokens_on_all(tmp_path):
+    debug_launcher(vocabulary_job, args=(str(tmp_path),), num_processes=2)
+    for index in range(2):
+        found = json.loads((tmp_path / f"vocabulary-{index}.json").read_text())
+        assert found["tokens"] == 7
+        assert found["told"] == "processes keep other tokens: pass the same texts to all of them."

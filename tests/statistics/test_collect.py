@@ -6,7 +6,7 @@ from tinies import CORE
 
 from hf_prune.criteria import STATISTICS, needs
 from hf_prune.errors import DataError, NumericsError
-from hf_prune.gates import attach_gates
+from hf_prune.gates.attach import attach_gates
 from hf_prune.sites import base_model, find_sites, projection
 from hf_prune.statistics.batches import example_seed, sequence_mask
 from hf_prune.statistics.collect import SEED_STEP, collect

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tinies import DECODERS, ENCODERS
+from torch import nn
 
 from hf_prune.sites import base_model, find_sites
-from hf_prune.statistics.streams import both_in_eval, by_layer, run_layer, start_streams
+from hf_prune.statistics.streams import by_layer, by_stack, in_eval, run_layer, start_streams
 
 families = pytest.mark.parametrize("name", sorted({*ENCODERS, *DECODERS} - {"albert"}))
 
@@ -51,10 +52,29 @@ def test_the_pruned_stream_is_that_of_the_pruned_network(tiny, inputs_for):
 def test_nothing_is_left_behind(tiny, inputs_for):
     dense, pruned = tiny("llama"), tiny("llama")
     pruned.train()
-    with both_in_eval(pruned, dense):
+    with in_eval(pruned, dense):
         assert not pruned.training
         start_streams(dense, pruned, [inputs_for("llama")], ["layers.0", "layers.1"])
     assert (pruned.training, dense.training) == (True, False)
     assert all(
         not module._forward_hooks and not module._forward_pre_hooks for module in dense.modules()
     )
+
+
+def test_layers_of_each_list():
+    names = ["text.layers.0", "text.layers.1", "image.blocks.0"]
+    assert by_stack(names) == {"text.layers": names[:2], "image.blocks": names[2:]}
+
+
+def test_modes_come_back_after_an_error():
+    """Each model is in the mode that it was in, whatever happened inside."""
+    training, still = nn.Dropout().train(), nn.Dropout().eval()
+
+    def fail():
+        with in_eval(training, still):
+            assert not training.training
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert (training.training, still.training) == (True, False)

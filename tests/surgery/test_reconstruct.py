@@ -9,8 +9,10 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import base_model, find_sites, gate_weight
+from hf_prune.statistics.moments import solve_towards
 from hf_prune.statistics.streams import by_layer
 from hf_prune.surgery import dense as dense_module
+from hf_prune.surgery import fit as fit_module
 from hf_prune.surgery import reconstruct as reconstruct_module
 from hf_prune.surgery.dense import dense_targets
 from hf_prune.surgery.reconstruct import reconstruct, refit
@@ -201,11 +203,11 @@ def test_a_shared_layer_sees_the_moments_of_all_its_runs(shared, uneven_plan, mo
             targets.append((theirs - (ours - y))[mask])
     first = []
 
-    def keep(fitted, held_out, weight, bias, ridges):
+    def keep(fitted, held_out, weight, bias, ridges, solve):
         first.append(fitted.plus(held_out))
         return weight, bias, None
 
-    monkeypatch.setattr(reconstruct_module, "fit_checked", keep)
+    monkeypatch.setattr(fit_module, "fit_checked", keep)
     refit(pruned, dense_targets(dense, batches))
     x, t = torch.cat(inputs).double(), torch.cat(targets).double()
     assert len(x) == int(first[0].count)
@@ -221,10 +223,10 @@ def test_shared_layers_that_only_get_worse_are_left_alone(shared, uneven_plan, m
     remove_units(pruned, uneven_plan(pruned, seed=1))
     state = copy.deepcopy(pruned.state_dict())
 
-    def worse(fitted, held_out, weight, bias, ridges):
+    def worse(fitted, held_out, weight, bias, ridges, solve):
         return weight + 5, bias, 1.0
 
-    monkeypatch.setattr(reconstruct_module, "fit_checked", worse)
+    monkeypatch.setattr(fit_module, "fit_checked", worse)
     refit(pruned, dense_targets(dense, batches))
     shared_runs = [site.runs > 1 for site in find_sites(pruned)]
     assert any(shared_runs)
@@ -304,13 +306,13 @@ def test_rescaling_comes_before_the_re_fit(case, monkeypatch):
     """Both together start the re-fit from rescaled weights."""
     dense, pruned, batches, _ = case("bert")
     starts = []
-    original = reconstruct_module.fit_checked
+    original = fit_module.fit_checked
 
-    def spy(fitted, held_out, weight, bias, ridges, *solve):
-        starts.append((bool(solve), weight.clone()))
-        return original(fitted, held_out, weight, bias, ridges, *solve)
+    def spy(fitted, held_out, weight, bias, ridges, solve):
+        starts.append((solve is not solve_towards, weight.clone()))
+        return original(fitted, held_out, weight, bias, ridges, solve)
 
-    monkeypatch.setattr(reconstruct_module, "fit_checked", spy)
+    monkeypatch.setattr(fit_module, "fit_checked", spy)
     refit(pruned, dense_targets(dense, batches), rescale=True)
     assert [by_unit for by_unit, _ in starts] == [True, False] * 4
     assert any(

@@ -117,6 +117,17 @@ def test_gates_hold_what_training_would_move(tiny, tmp_path):
     torch.testing.assert_close(model.eval()(ids).logits, seen["masked"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("units", [["heads"], ["weights"]])
+def test_what_is_to_be_ignored_must_be_there(units, tiny, tmp_path):
+    """Said before the first step, not when masks begin to close."""
+    late = {"start": 0.5, "end": 1.0}
+    told = {"units": units, "criterion": "magnitude", "solver": "uniform", "schedule": late}
+    job = trainer(tiny("bert"), tmp_path, PruneCallback(recipe(**told, ignore=["*.layer.7.*"])))
+    with pytest.raises(ConfigError, match=r"nothing is called '\*\.layer\.7\.\*'"):
+        job.train()
+    assert job.state.global_step == 0
+
+
 @pytest.mark.parametrize("solver", ["uniform", "global"])
 def test_single_weights_stay_zero(tiny, tmp_path, solver):
     model = tiny("bert")

@@ -9,6 +9,8 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from hf_prune import DistillCallback, cache_logits, remove_units
 from hf_prune.errors import CheckpointError, ConfigError, DataError
+from hf_prune.plan import Plan, SitePlan
+from hf_prune.sites import HIDDEN, find_sites
 from hf_prune.statistics.batches import counted_positions
 from hf_prune.training.losses import attention_maps, distillation_loss
 from hf_prune.training.taps import attach_taps
@@ -103,6 +105,23 @@ def test_a_student_of_other_depth_and_width(tiny, inputs_for, tmp_path):
         "embeddings": (32, 12),
     }
     assert set(student.state_dict()) == names, "projections are not saved with the model"
+
+
+@pytest.mark.parametrize("pruned", ["teacher", "student", "both"])
+def test_hidden_widths_are_those_that_are_left(pruned, tiny, inputs_for, tmp_path):
+    """Channels of the hidden width can be gone, of which a config says nothing."""
+    teacher, student = tiny("bert"), still(tiny("bert"))
+    (site,) = find_sites(teacher, [HIDDEN])
+    plan = Plan("bert", {site.name: SitePlan(HIDDEN, site.units, tuple(range(4, 28)))})
+    for name, model in (("teacher", teacher), ("student", student)):
+        if pruned in (name, "both"):
+            remove_units(model, plan)
+    callback = DistillCallback(teacher, **ALL, layers="closest", alpha=1.0)
+    trainer(student, rows("bert", inputs_for), tmp_path, callback, max_steps=2).train()
+    widths = {"teacher": (32, 24), "student": (24, 32), "both": (24, 24)}[pruned]
+    callback._attach(student)
+    shapes = {tuple(w.shape) for w in callback.inner.projections.weights.values()}
+    assert shapes == {widths[::-1]}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

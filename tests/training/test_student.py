@@ -11,7 +11,7 @@ from hf_prune import make_student, remove_units
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import Student
-from hf_prune.sites import find_sites, layer_modules
+from hf_prune.sites import HIDDEN, find_sites, layer_modules
 from hf_prune.training.student import choose
 
 NAMES = ["bert", "roberta", "electra", "distilbert", "gpt2", "llama"]
@@ -76,6 +76,69 @@ def test_a_narrower_student_has_parts_of_the_teacher_and_loads_anywhere(
     if name != "gpt2":
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         assert torch.equal(loaded.get_input_embeddings().weight, theirs[:, hidden])
+
+
+def narrowed(model, count=24):
+    """A model with some channels of its hidden width removed, which its config does not say."""
+    (site,) = find_sites(model, [HIDDEN])
+    kept = torch.randperm(site.units, generator=torch.Generator().manual_seed(2))[:count]
+    plan = {site.name: SitePlan(HIDDEN, site.units, tuple(sorted(kept.tolist())))}
+    remove_units(model, Plan(model.config.model_type, plan))
+    assert model.config.get_text_config().hidden_size == 32
+    return model
+
+
+def without(teacher, choice):
+    """The teacher without the heads and neurons that a student did not take."""
+    pruned = copy.deepcopy(teacher)
+    sites = find_sites(teacher)
+    kept = {s.name: SitePlan(s.kind, s.units, choice.units[s.name]) for s in sites}
+    remove_units(pruned, Plan(teacher.config.model_type, kept))
+    return pruned
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2"])
+def test_a_student_of_a_teacher_whose_hidden_width_was_pruned(tiny, inputs_for, logits, name):
+    teacher, batch = narrowed(tiny(name)), inputs_for(name)
+    stage = Student(heads=3, neurons=20)
+    student = make_student(teacher, stage, [batch])
+    expected = without(teacher, choose(teacher, stage, [batch]))
+    torch.testing.assert_close(logits(student, batch), logits(expected, batch), atol=1e-5, rtol=0)
+    assert student.config.hidden_size == 24
+    assert not hasattr(student.config, "quantization_config")
+    narrower = make_student(teacher, Student(hidden=16, heads=2), [batch])
+    assert narrower.get_input_embeddings().weight.shape[1] == 16
+    assert teacher.config.hidden_size == 32
+
+
+def test_heads_may_have_a_width_of_their_own(tiny, inputs_for, logits):
+    """Where a config says how wide heads are, a student has those of its narrowed teacher."""
+    teacher, batch = narrowed(tiny("llama")), inputs_for("llama")
+    student = make_student(teacher, Student(), [batch])
+    assert torch.equal(logits(student, batch), logits(teacher, batch))
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "llama"])
+def test_a_student_of_a_teacher_with_fewer_heads(tiny, inputs_for, logits, name):
+    teacher, batch = tiny(name), inputs_for(name)
+    heads = [site for site in find_sites(teacher) if site.kind == "heads"]
+    half = {s.name: SitePlan("heads", s.units, tuple(range(s.units // 2))) for s in heads}
+    remove_units(teacher, Plan(teacher.config.model_type, half))
+    told = {} if name == "llama" else {"hidden": 16}
+    student = make_student(teacher, Student(**told), [batch])
+    assert {s.units for s in find_sites(student, ["heads"])} == {heads[0].units // 2}
+    if name == "llama":
+        assert torch.equal(logits(student, batch), logits(teacher, batch))
+
+
+def test_sizes_are_those_that_the_teacher_has_by_now(tiny, inputs_for):
+    teacher, batch = narrowed(tiny("bert")), inputs_for("bert")
+    with pytest.raises(ConfigError, match=r"hidden=32 is more than the teacher's 24"):
+        make_student(teacher, Student(hidden=32), [batch])
+    with pytest.raises(ConfigError, match=r"is 6 in the student and 8 .* write heads=3\."):
+        make_student(teacher, Student(), [batch])
+    random = make_student(teacher, Student(init="normal"))
+    assert random.bert.embeddings.LayerNorm.weight.shape == (24,)
 
 
 def test_each_matrix_is_the_chosen_rows_and_columns(tiny, inputs_for):

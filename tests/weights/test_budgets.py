@@ -15,6 +15,7 @@ from hf_prune.weights.problem import CRITERIA, Options, data_free_scores
 from hf_prune.weights.sensitivity import measure_sensitivity
 from hf_prune.weights.solvers import Problem, wanda
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
+from hf_prune.weights.walk import mask_of
 
 
 def stage(**fields):
@@ -126,8 +127,28 @@ def test_gradient_scores(tiny, inputs_for):
 def test_gradient_scores_ask_for_labels(tiny, inputs_for):
     model, batch = tiny("bert"), inputs_for("bert")
     del batch["labels"]
+    model.train()
     with pytest.raises(DataError, match="needs labels in every batch"):
         gradient_scores(model, find_matrices(model), [batch], "sensitivity")
+    assert model.training, "what is refused leaves the model as it was"
+
+
+def test_which_tokens_count(tiny, inputs_for):
+    """Of an encoder with a decoder all do: the mask of the one says nothing of the other's."""
+    batch = inputs_for("bert")
+    assert torch.equal(mask_of(tiny("bert"), batch), batch["attention_mask"].bool())
+    assert mask_of(tiny("t5"), inputs_for("t5")) is None
+    assert mask_of(nn.Linear(3, 3), torch.randn(4, 3)) is None
+
+
+def test_scores_without_inputs(tiny):
+    """Collected ones come first; a criterion that needs inputs gives way to the magnitude."""
+    weight = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    known = {"w": torch.arange(12.0).view(2, 2, 3)}
+    assert torch.equal(Options("wanda", scores=known).scores_of("w", 1, weight), known["w"][1])
+    assert torch.equal(Options("wanda").scores_of("w", 1, weight), weight.abs())
+    random = Options("random", seed=3).scores_of("w", 1, weight)
+    assert torch.equal(random, data_free_scores("random", "w", 1, weight, 3))
 
 
 def test_data_free_scores():

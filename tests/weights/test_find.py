@@ -7,7 +7,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.statistics.streams import Call
-from hf_prune.weights.find import find_matrices, set_values_
+from hf_prune.weights.find import find_matrices, find_weights, set_values_
 from hf_prune.weights.inputs import paired_rows, real_rows, traced
 
 
@@ -52,6 +52,44 @@ def test_a_target_that_fits_nothing():
         ConfigError, match=r"nothing is called .convv\.weight.; did you mean .conv\.w"
     ):
         find_matrices(Everything(), targets=["convv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            "conw*",
+            r"ignore: nothing is called 'conw\*'; did you mean 'conv'\? Known: conv\.weight, ",
+        ),
+        ("bert.encoder.layer.0", "fits something that holds what is pruned"),
+        (
+            "encoder.layer.0.*",
+            r"nothing is called 'encoder\.layer\.0\.\*'; did you mean 'bert\.enc",
+        ),
+        ("BertLayer", "fits something that holds"),
+    ],
+)
+def test_what_is_to_be_ignored_must_be_there(pattern, message, tiny):
+    model = Everything() if pattern == "conw*" else tiny("bert")
+    with pytest.raises(ConfigError, match=message):
+        find_weights(model, [pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*LayerNorm*", "*.bias", "Dropout", "bert.embeddings*", "qa_outputs.*", "*.lm_head.weight"],
+)
+def test_what_is_not_prunable_may_be_ignored(pattern, tiny):
+    assert set(find_weights(tiny("bert"), [pattern])) == set(find_weights(tiny("bert")))
+
+
+@pytest.mark.parametrize("pattern", ["embed", "tied", "tied.*", "Linear"])
+def test_any_name_of_a_shared_matrix_will_do(pattern):
+    everything = find_matrices(Everything(), embeddings=True)
+    left = find_matrices(Everything(), embeddings=True, ignore=[pattern])
+    assert [m.name for m in left] == [m.name for m in everything if m.name != "embed.weight"]
+    (taken,) = find_matrices(Everything(), embeddings=True, targets=[pattern])
+    assert taken.name == "embed.weight"
 
 
 def packed():

@@ -1,0 +1,40 @@
+"""How single weights are chosen, and what the others become."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hf_prune.recipe.model import Model
+
+_PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
+
+
+class Weights(Model):
+    """How single weights are chosen, and what the others become."""
+
+    pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
+    """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
+    rows x columns (`4x1`)."""
+    rank: Literal["auto", "row", "matrix"] = "auto"
+    """Which entries of a matrix are ranked together. `auto`: rows in models that generate, where
+    that was measured to be better, else the whole matrix."""
+    dense_target: bool = True
+    """Fit to what the dense network computed from its own inputs, so that what earlier layers lost
+    is repaired too."""
+    targets: tuple[str, ...] = ()
+    """Shell patterns of the parameters, modules or classes to prune; all linear layers,
+    convolutions, recurrent matrices and packed experts, if none is given."""
+    embeddings: bool = False
+    """Prune embeddings too, and what shares their matrix; by magnitude."""
+    remove_dead: bool = True
+    """Really remove neurons and heads that are left without effect, where calibration data is
+    given; the outputs do not change."""
+    iterations: int = Field(default=12, ge=0)
+    """Iterations of `admm`."""
+    penalty: float = Field(default=0.5, gt=0)
+    """Penalty of `admm`, where every input has mean square one."""
+    refit_steps: int = Field(default=10, ge=1)
+    """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
+    polish_steps: int = Field(default=0, ge=0)
+    """Steps of Adam on norms and biases alone, after the walk, towards the dense network's output
+    distribution. Held-out examples say whether they are kept."""
