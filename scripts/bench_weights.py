@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude, dense target": {"criterion": "magnitude", "dense_target": True, "refit_steps": 10},
 }
 """What is compared, best first, so that an interrupted run has the most telling rows."""
+KNAPSACK = {"admm, knapsack": {"budget": "knapsack", **METHODS["admm"]}}
+"""The default with budgets by layer errors, for one more backward pass."""
 ORDER = ("2:4", "0.7", "0.5", "0.6", "4:8")
 
 
@@ -74,6 +76,7 @@ def prune_copy(
 def language_model(out: Path, levels: str, methods: str, polish: int, **about: Any) -> None:
     """Perplexity of a causal language model on WikiText-2, calibrated on its valid split."""
     case, sequences = language_case(out, **about), about["sequences"]
+    known = METHODS | KNAPSACK
     chosen = methods.split(";") if methods else list(METHODS)
     for level in levels.split(","):
         for name in chosen:
@@ -82,7 +85,7 @@ def language_model(out: Path, levels: str, methods: str, polish: int, **about: A
             if key in case.rows and polished in case.rows:
                 continue
             model = case.model()
-            row = prune_copy(model, case.calibration, level, {**METHODS[name], "rows": True}, ())
+            row = prune_copy(model, case.calibration, level, {**known[name], "rows": True}, ())
             case.rows.add(key, {"perplexity": perplexity(model, case.test), **row})
             if polish:
                 add_polished(case, polished, model, polish)

@@ -12,7 +12,7 @@ import click
 import torch
 from bench_models import accuracy, text_case, text_options
 from bench_rows import Rows
-from bench_weights import METHODS, prune_copy
+from bench_weights import KNAPSACK, METHODS, prune_copy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -22,24 +22,22 @@ from hf_prune.weights.stage import prune_stage_
 
 IGNORE = ("classifier*", "*pooler*")
 LEVELS = ("0.9", "0.5", "0.7", "0.8", "0.95", "2:4")
-KNAPSACK = "admm, knapsack"
-"""The default with budgets by layer errors; worth its backward pass from 80 % on."""
 
 
 @click.command()
 @text_options
-@click.option("--methods", default=";".join([KNAPSACK, *METHODS]), help="Some of the methods.")
+@click.option("--methods", default=";".join(KNAPSACK | METHODS), help="Some of the methods.")
 def text(out: Path, methods: str, **about: Any) -> None:
     """Accuracy of a fine-tuned classifier, single weights of its encoder gone, nothing trained."""
     case = text_case(out, **about)
-    methods_known = {KNAPSACK: {"budget": "knapsack", **METHODS["admm"]}, **METHODS}
+    known = METHODS | KNAPSACK
     for method in methods.split(";"):
         for level in LEVELS:
             key = f"{about['data']} {level} {method} seed {about['seed']}"
-            if key in case.rows or (method == KNAPSACK and level not in ("0.8", "0.9", "0.95")):
+            if key in case.rows or (method in KNAPSACK and ":" in level):
                 continue
             pruned = copy.deepcopy(case.model)
-            row = prune_copy(pruned, list(case.calibration), level, methods_known[method], IGNORE)
+            row = prune_copy(pruned, list(case.calibration), level, known[method], IGNORE)
             value = accuracy(pruned, case.test)
             case.rows.add(key, {"accuracy": value, "kept_of_dense": value / case.dense, **row})
 
