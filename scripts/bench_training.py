@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 import torch
+from arguments import Arguments
 from bench_rows import Rows
-from job import Arguments, Job
+from job import Job
 from packaged import packaged_model, reuters_r8, rotten_tomatoes
 
 from hf_prune import Recipe

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 import torch
+from arguments import Arguments
 from bench_rows import Rows
-from job import Arguments, Job
+from job import Job
 from packaged import packaged_model
 
 from hf_prune import Recipe

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from arguments import Arguments
 from datasets import DatasetDict
-from job import Arguments, Job
+from job import Job
 from launch import RECIPES, Packaged, launch
 from packaged import packaged_model
 from prune_bert import NAMES, packaged_data

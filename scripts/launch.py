@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
+from arguments import Arguments
 from datasets import DatasetDict
-from job import Arguments, Job, describe
+from job import Job
 from rich.console import Console
 from transformers import HfArgumentParser, set_seed
 
@@ -53,7 +54,7 @@ def _run(
     job = Job(arguments, recipe, source, data)
     prepare(job)
     result = job.run()
-    describe(job, script, packaged.names)
+    _describe(job, script, packaged.names)
     if not state.is_main_process:
         return
     out = Path(arguments.output_dir)
@@ -63,6 +64,37 @@ def _run(
     if arguments.push_to_hub:
         private = arguments.private or None
         print("Pushed:", push_to_hub(out, arguments.push_to_hub, private=private))
+
+
+def _describe(job: Job, script: str, packaged: Mapping[str, str]) -> None:
+    """What the card says besides figures.
+
+    Args:
+        job: that has run.
+        script: its file name.
+        packaged: names of the packaged `model` and `data`, and the `license`.
+    """
+    a, report = job.arguments, job.report
+    own = a.model_name_or_path is None
+    local = a.model_name_or_path is not None and Path(a.model_name_or_path).exists()
+    files = a.train_file is not None
+    if a.dataset_name is None and not files:
+        report["evaluation"]["split"] = packaged["split"]
+    report["sequence_length"] = a.max_length
+    report["auto_class"] = job.task.auto_class.__name__
+    report["task"] = job.task.name
+    report["base_model"] = packaged["model"] if own else None if local else a.model_name_or_path
+    report["dataset"] = (
+        Path(str(a.train_file)).name
+        if files
+        else Path(a.dataset_name).name
+        if a.dataset_name is not None
+        else packaged["data"]
+    )
+    report["license"] = packaged["license"] if own else None
+    report["language"] = "en" if own else None
+    report["name"] = (a.push_to_hub or "").split("/")[-1] or None
+    report["command"] = f"accelerate launch scripts/{script}"
 
 
 def launch(script: str, kind: Kind, packaged: Packaged, prepare: Prepare = _nothing) -> None:
@@ -83,7 +115,7 @@ def launch(script: str, kind: Kind, packaged: Packaged, prepare: Prepare = _noth
     try:
         check_output(Path(arguments.output_dir), overwrite=arguments.overwrite)
         recipe = load_recipe(arguments.recipe)
-        if all(stage.stage not in ("prune", "student") for stage in recipe.stages):
+        if all(stage.stage not in ("prune", "student", "vocabulary") for stage in recipe.stages):
             raise DataError("the recipe makes nothing smaller: there is nothing to do.")
         _run(arguments, script, packaged, recipe, prepare)
     except HfPruneError as error:

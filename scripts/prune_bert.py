@@ -14,8 +14,8 @@ recipe.yaml, report.json, README.md (the model card) and units.svg.
 
 from dataclasses import dataclass, field
 
+from arguments import Arguments
 from datasets import DatasetDict
-from job import Arguments
 from launch import RECIPES, Packaged, launch
 from packaged import DATASET_NAME, MODEL_NAME, packaged_model, rotten_tomatoes
 

@@ -10,8 +10,8 @@ by its perplexity. The output folder is that of prune_bert.py.
 
 from dataclasses import dataclass, field
 
+from arguments import Arguments
 from datasets import DatasetDict
-from job import Arguments
 from launch import RECIPES, Packaged, launch
 from packaged import GPT_FILE, GPT_NAME, packaged_gpt
 

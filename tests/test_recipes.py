@@ -18,7 +18,8 @@ ROOT = Path(hf_prune.errors.__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import job as scripts_job  # noqa: E402  # a script, found by the line above
+import arguments as scripts_arguments  # noqa: E402  # a script, found by the line above
+import job as scripts_job  # noqa: E402  # another
 import tasks  # noqa: E402
 
 WORDS = ["good", "great", "fine", "bad", "awful", "poor", "film", "movie", "the", "is", "a", "plot"]
@@ -100,7 +101,7 @@ def shortened(recipe):
 
 
 def run(recipe, source, arguments):
-    found = scripts_job.Arguments(
+    found = scripts_arguments.Arguments(
         max_length=16,
         max_eval_samples=8,
         latency_rounds=1,
