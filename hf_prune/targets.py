@@ -29,6 +29,7 @@ from hf_prune.measure.latency_table import (
     latency_table,
     shaped_like,
 )
+from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Target, share_of
 from hf_prune.sites import Site
 
@@ -230,13 +231,17 @@ class Chooser:
     ) -> Decision:
         moved = goal
         best: tuple[Selection, Timing] | None = None
+        seen: list[Plan] = []
         for attempt in range(1, MAX_ATTEMPTS + 1):
             selection = self._decide([*others, moved], rankings)
+            if selection.plan in seen:
+                break  # nothing else is to be had
+            seen.append(selection.plan)
             timing = self._timing(goal, self.counts_of(selection), table, attempt)
             wrong = timing.measured_ms / timing.asked_ms - 1
             if best is None or abs(wrong) < abs(best[1].measured_ms / best[1].asked_ms - 1):
                 best = selection, timing
-            if abs(wrong) < CLOSE_ENOUGH or (selection == best[0] and attempt > 1):
+            if abs(wrong) < CLOSE_ENOUGH:
                 break
             spent = goal.total - moved.asked
             moved = dataclasses.replace(

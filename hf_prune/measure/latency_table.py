@@ -71,7 +71,7 @@ def _group(site: Site) -> str:
     return "-".join(str(part) for part in shape)
 
 
-def _interpolate(points: Mapping[int, int], units: int) -> tuple[int, ...]:
+def _interpolate(points: Mapping[int, float], units: int) -> tuple[int, ...]:
     widths = sorted(points)
     result: list[int] = []
     for count in range(units + 1):
@@ -128,6 +128,35 @@ def _variants(
     return counts, about
 
 
+def _points(
+    sites: Sequence[Site], added: Mapping[str, tuple[int, float]], empty: bool
+) -> dict[int, float]:
+    """What each width adds for one site, from what it adds where all sites of a kind have it.
+
+    A site that is narrower than the width has all its units then, and adds what these do: a point
+    between two others.
+
+    Args:
+        sites: of one kind.
+        added: by model, the width of the widest sites and the time that all sites add.
+        empty: whether sites may lose all units.
+    """
+    points = {_grid(site, empty)[0]: 0.0 for site in sites}
+    for width, total in sorted(added.values()):
+        alike = sum(1.0 for site in sites if site.units >= width)
+        for units in (site.units for site in sites if site.units < width):
+            left = max(w for w in points if w <= units)
+            right = min((w for w in points if w > units), default=width)
+            part = (units - left) / (right - left)
+            total -= (1 - part) * points[left]
+            if right == width:
+                alike += part
+            else:
+                total -= part * points[right]
+        points[width] = total / alike
+    return points
+
+
 def measure_latency_table(
     model: PreTrainedModel,
     sites: Sequence[Site],
@@ -161,15 +190,14 @@ def measure_latency_table(
     )
     full = times["full"].median_ms * NS_PER_MS
     relative = {name: item.ratio * full for name, item in times.items()}  # fair to every model
-    sizes: dict[str, int] = {}
-    for site in sites:
-        sizes[_group(site)] = sizes.get(_group(site), 0) + 1
-    points: dict[str, dict[int, float]] = {}
-    for site in sites:
-        points.setdefault(_group(site), {})[_grid(site, empty)[0]] = 0.0
+    added: dict[str, dict[str, tuple[int, float]]] = {_group(site): {} for site in sites}
     for name, (group, width) in about.items():
-        points[group][width] = (relative[name] - relative["least"]) / sizes[group]
-    whole = sum(points[_group(site)][site.units] for site in sites)
+        added[group][name] = width, relative[name] - relative["least"]
+    points = {
+        group: _points([site for site in sites if _group(site) == group], each, empty)
+        for group, each in added.items()
+    }
+    whole = sum(_interpolate(points[_group(site)], site.units)[-1] for site in sites)
     scale = (full - relative["least"]) / whole if whole > 0 else 1.0
     return LatencyTable(
         round(full),

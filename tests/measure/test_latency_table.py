@@ -17,6 +17,7 @@ from hf_prune.measure.latency_table import (
     shaped_like,
 )
 from hf_prune.sites import find_sites
+from hf_prune.surgery.remove import remove_units
 
 SHAPE = Shape(2, 16)
 
@@ -66,6 +67,27 @@ def test_blocks_that_may_go_as_a_whole_are_timed_without_units(tiny, clock):
     assert table.predict_ns(sites, none) == pytest.approx(3e6)
     some = {s.name: 1 if s.kind == "heads" else 16 for s in sites}
     assert table.predict_ns(sites, some) == pytest.approx((3 + 0.7 * 2 + 0.32) * 1e6, rel=1e-6)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_model_of_uneven_widths_is_learned_exactly(tiny, uneven_plan, clock, empty):
+    model = tiny("bert")
+    remove_units(model, uneven_plan(model))
+    sites = find_sites(model)
+    assert len({s.units for s in sites if s.kind == "neurons"}) > 1
+    table = measure_latency_table(model, sites, SHAPE, empty=empty, rounds=2)
+
+    def time_of(counts):
+        heads, neurons = (
+            sum(counts[s.name] for s in sites if s.kind == kind) for kind in ("heads", "neurons")
+        )
+        return (3 + 0.7 * heads + 0.01 * neurons) * 1e6
+
+    full = {site.name: site.units for site in sites}
+    assert table.total_ns == pytest.approx(time_of(full))
+    assert table.predict_ns(sites, full) == pytest.approx(table.total_ns, rel=1e-6)
+    some = {s.name: max(1, s.units - 1) if s.kind == "heads" else s.units - 5 for s in sites}
+    assert table.predict_ns(sites, some) == pytest.approx(time_of(some), rel=1e-6)
 
 
 @pytest.mark.parametrize("kinds", [["experts"], ["heads", "expert_neurons"]])
