@@ -7,6 +7,7 @@ moments.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -266,7 +267,7 @@ def prune_folder(
         at_least=stage.min_calibration_samples,
         at_most=stage.calibration_samples,
     )
-    key = f"{source.resolve().name} {stage.model_dump_json()} {seed}"
+    key = _key(source, stage, batches, seed)
     kept = Progress(Path(progress), key) if progress is not None else None
     job = Job(uniform(matrices, stage.fraction, options.pattern), options, kept)
     with staged_folder(Path(out), overwrite=overwrite) as folder:
@@ -275,6 +276,21 @@ def prune_folder(
         prune_layers(model, layers, matrices, streams, job, walk.around)
         _finish(source, folder, walk)
     return _figures(matrices, walk, job)
+
+
+def _key(source: Path, stage: Prune, batches: Sequence[Batch], seed: int) -> str:
+    """What a run is: its folder and the state of its files, the stage, and the calibration data."""
+    digest = hashlib.sha256()
+    for path in sorted(source.resolve().iterdir()):
+        if path.is_file():
+            told = path.stat()
+            digest.update(f"{path} {told.st_size} {told.st_mtime_ns}\n".encode())
+    for batch in batches:
+        for name in sorted(batch):
+            value = batch[name].detach().cpu().contiguous()
+            digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
+            digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return f"{digest.hexdigest()} {stage.model_dump_json()} {seed}"
 
 
 def prune_folder_with_text(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
@@ -26,6 +25,7 @@ from hf_prune.search.levels import LevelSearch
 from hf_prune.sites import HIDDEN, Site, find_sites
 from hf_prune.statistics.batches import Batch, first_examples
 from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect, sum_over_processes
+from hf_prune.statistics.processes import of_the_main_process
 from hf_prune.statistics.score import score
 from hf_prune.surgery.dense import DenseTargets, dense_targets
 from hf_prune.surgery.reconstruct import refit_as_asked
@@ -309,8 +309,9 @@ def _above_floor(
         best = carry_out(analysis, chooser.choose(0.0), stage)
     else:
         removed, best = run.best
-        if experience is not None and PartialState().is_main_process:
-            experience.add(case, removed=removed, trials=len(run.trials))
+        if experience is not None:
+            trials = len(run.trials)
+            of_the_main_process(lambda: experience.add(case, removed=removed, trials=trials))
     best.entry["floor"] = {"least": least, "trials": run.trials, "started_from": start}
     return best
 
@@ -319,6 +320,4 @@ def _expected(experience: Experience | None, case: Case) -> float | None:
     """Where the search is expected to end, read by the main process for all."""
     if experience is None:
         return None
-    found = [experience.start_for(case) if PartialState().is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
+    return of_the_main_process(lambda: experience.start_for(case))

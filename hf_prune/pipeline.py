@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.budget.prepare import check_solver
@@ -101,7 +102,8 @@ def _start_report(
     length = max((stage.sequence_length for stage in recipe.prune_stages), default=LENGTH)
     report = new_report(recipe, model)
     report["sequence_length"] = length
-    report["calibration_samples"] = sum(len(next(iter(batch.values()))) for batch in batches)
+    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    report["calibration_samples"] = sum(gather_object([samples]))
     report["left_to_trainer"] = [
         "schedule" if isinstance(stage, Prune) else stage.stage
         for stage in recipe.stages

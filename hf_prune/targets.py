@@ -32,6 +32,7 @@ from hf_prune.measure.latency_table import (
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Target, share_of
 from hf_prune.sites import Site
+from hf_prune.statistics.processes import of_the_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ def _scaled(goal: Goal, scale: float) -> Goal:
 class Chooser:
     """Chooses widths for one model and one stage, again and again for different amounts.
 
-    What is slow (counts, the latency table) is done once.
+    What is slow (counts, the latency table) is done once. Times are those of the main process, so
+    that all processes choose alike; all of them must ask.
     """
 
     model: PreTrainedModel
@@ -167,7 +169,9 @@ class Chooser:
         if target.timed:
             if self.table is None:
                 empty = any(counts[0] == 0 for counts in levels.values())
-                self.table = latency_table(self.model, self.sites, self.shape, empty=empty)
+                self.table = of_the_main_process(
+                    lambda: latency_table(self.model, self.sites, self.shape, empty=empty)
+                )
             tables = self.table.tables(self.sites)
             total = self.table.total_ns
             asked = max(0, total - _allowed_ns(target, self.table))
@@ -257,7 +261,7 @@ class Chooser:
         return Timing(
             asked_ms=(goal.total - goal.asked) / NS_PER_MS,
             predicted_ms=table.predict_ns(self.sites, counts) / NS_PER_MS,
-            measured_ms=self._measure(counts) * goal.total / NS_PER_MS,
+            measured_ms=of_the_main_process(lambda: self._measure(counts)) * goal.total / NS_PER_MS,
             dense_ms=goal.total / NS_PER_MS,
             attempts=attempt,
             shape=self.shape,

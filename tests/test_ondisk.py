@@ -81,8 +81,14 @@ def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
         ours, theirs = load_file(tmp_path / "out" / file.name), load_file(file)
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=1e-4, msg=key)
-    with pytest.raises(CheckpointError, match="is from a run with another model, recipe or data"):
-        prune_folder(source, tmp_path / "new", stage(sparsity=0.6), batches, **told)
+    other = saved(tiny("llama"), tmp_path / "other" / "dense")
+    for folder, how, data in (
+        (source, {"sparsity": 0.6}, batches),
+        (source, {}, [inputs_for("llama", 1)]),
+        (other, {}, batches),
+    ):
+        with pytest.raises(CheckpointError, match="from a run with another model, recipe or data"):
+            prune_folder(folder, tmp_path / "new", stage(**how), data, **told)
 
 
 def test_one_layer_at_a_time(tiny, inputs_for, tmp_path, monkeypatch):

@@ -17,19 +17,20 @@ from hf_prune.budget.costs import Goal
 from hf_prune.budget.prepare import prepare
 from hf_prune.budget.selection import selection_of
 from hf_prune.criteria.ranking import Ranking
+from hf_prune.errors import DataError
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device, token_mask
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.projection import logits_of
-from hf_prune.surgery.dense import DenseTargets, dense_targets
+from hf_prune.surgery.dense import DenseTargets, dense_targets, held_out_examples
 from hf_prune.surgery.reconstruct import refit_as_asked
 from hf_prune.surgery.remove import remove_units
 
 logger = logging.getLogger(__name__)
 
-JUDGES = 4
-"""One batch in so many judges; the others are fitted."""
+JUDGES = 1
+"""Seed of the examples that judge networks; the others are fitted, with judges of their own."""
 MAX_STEPS = 4
 """Levels by which a site is narrowed in one step at most."""
 MAX_DRAWS = 50
@@ -75,14 +76,31 @@ class LevelSearch:
     trials: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        judges = [b for i, b in enumerate(self.batches) if i % JUDGES == JUDGES - 1]
-        fitted = [b for i, b in enumerate(self.batches) if i % JUDGES != JUDGES - 1]
-        self.judges: Sequence[Batch] = judges or self.batches
-        self.targets: DenseTargets = dense_targets(self.model, fitted or self.batches)
+        judges, fitted = self._split()
+        self.judges: Sequence[Batch] = judges
+        self.targets: DenseTargets = dense_targets(self.model, fitted)
         self.dense = logits_on(self.model, self.judges)
         self.generator = torch.Generator().manual_seed(self.seed)
         ready = prepare(self.sites, self.rankings, self.stage)
         self.rankings, self.levels = ready.rankings, ready.levels
+
+    def _split(self) -> tuple[list[Batch], list[Batch]]:
+        """Examples that judge, and those that are fitted; the same ones however they are batched.
+
+        Raises:
+            DataError: on every process, when no example of any of them is one or the other.
+        """
+        judges, fitted = list[Batch](), list[Batch]()
+        for batch in self.batches:
+            chosen = held_out_examples(self.model, batch, JUDGES)
+            for part, rows in ((judges, chosen), (fitted, ~chosen)):
+                if bool(rows.any()):
+                    part.append(examples_of(batch, rows))
+        device = self.model.device
+        found = torch.tensor([float(len(judges)), float(len(fitted))], device=device)
+        if not bool((sum_over_processes(found) > 0).all()):
+            raise DataError("too few calibration examples to search with: pass some dozens.")
+        return judges, fitted
 
     def error(self, counts: Mapping[str, int]) -> float:
         """Mean squared change of the logits of a network of some widths, re-fitted, on judges."""

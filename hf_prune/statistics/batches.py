@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError
+from hf_prune.statistics.processes import share_of_process
 
 Batch = Mapping[str, Tensor]
 
@@ -78,11 +80,13 @@ def _first(batch: Batch, rows: int, examples: int) -> dict[str, Tensor]:
 def take(
     model: PreTrainedModel, batches: Iterable[Batch] | None, *, at_least: int, at_most: int
 ) -> list[dict[str, Tensor]]:
-    """The first `at_most` examples of `batches`, checked.
+    """The first examples of `batches`, checked: `at_most` of all processes together.
 
     Raises:
-        DataError: when there is nothing, less than `at_least`, or something out of range.
+        DataError: on every process, when one has nothing, or all together have less than
+            `at_least`; or when something is out of range.
     """
+    asked, at_most = at_most, share_of_process(at_most)
     taken: list[dict[str, Tensor]] = []
     count = 0
     for index, batch in enumerate(batches or ()):
@@ -92,22 +96,23 @@ def take(
         count += min(examples, at_most - count)
         if count >= at_most:
             break
-    if count == 0:
+    counts = gather_object([count])
+    if min(counts) == 0 and asked >= len(counts):
         raise DataError(
             "the calibration set is empty. Pass batches (dicts of tensors); an iterator can be "
             "consumed only once."
         )
-    if count < at_least:
+    if sum(counts) < at_least:
         raise DataError(
-            f"the calibration set has {count} examples, fewer than "
+            f"the calibration set has {sum(counts)} examples, fewer than "
             f"min_calibration_samples={at_least}. Pass more batches, or lower it in the recipe."
         )
     return taken
 
 
 def first_examples(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> list[Batch]:
-    """As many whole batches as hold `count` examples, the last one cut."""
-    taken: list[Batch] = []
+    """As many whole batches as hold `count` examples of all processes, the last one cut."""
+    count, taken = share_of_process(count), list[Batch]()
     for batch in batches:
         if count <= 0:
             break
@@ -115,6 +120,16 @@ def first_examples(model: PreTrainedModel, batches: Sequence[Batch], count: int)
         taken.append(batch if examples <= count else _first(batch, count, examples))
         count -= examples
     return taken
+
+
+def examples_of(batch: Batch, chosen: Tensor) -> dict[str, Tensor]:
+    """Some examples of a batch: those where `chosen`, `[B]`, is True."""
+    return {
+        name: value[chosen.to(value.device)]
+        if value.ndim and value.shape[0] == len(chosen)
+        else value
+        for name, value in batch.items()
+    }
 
 
 def one_by_one(model: PreTrainedModel, batch: Batch) -> Iterator[dict[str, Tensor]]:

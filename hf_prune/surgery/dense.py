@@ -52,13 +52,14 @@ class DenseTargets:
     held_out: list[Tensor]
 
 
-def held_out_examples(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Which examples of a batch judge the fits, `[B]`.
+def held_out_examples(model: PreTrainedModel, batch: Batch, seed: int = 0) -> Tensor:
+    """Which examples of a batch judge the fits, `[B]`: about one in five.
 
     Drawn from the content of each, so that it depends neither on its batch nor on its process.
+    Another `seed` draws others.
     """
     rows = zip(main_input(model, batch), token_mask(model, batch), strict=True)
-    seeds = [example_seed(row, real, 0) for row, real in rows]
+    seeds = [example_seed(row, real, seed) for row, real in rows]
     return torch.tensor([seed % HELD_OUT_EVERY == 0 for seed in seeds])
 
 

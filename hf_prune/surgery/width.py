@@ -113,7 +113,8 @@ def _fit_channels(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> 
         y, t = y.double(), t.double()
         rows = (y, t, y * y, y * t, torch.ones_like(y))
         sums += torch.stack([each.sum(dim=0) for each in rows])
-    mean_y, mean_t, yy, yt, _ = sum_over_processes(sums) / sums[-1].clamp(min=1)
+    sums = sum_over_processes(sums)
+    mean_y, mean_t, yy, yt, _ = sums / sums[-1].clamp(min=1)
     if bias is None:
         mean_y, mean_t = torch.zeros_like(mean_y), torch.zeros_like(mean_t)
     spread = yy - mean_y.square()

@@ -5,14 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from hf_prune.budget.levels import stage_levels
 from hf_prune.budget.selection import Outcome, Selection
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import CheckpointError, PlanError
-from hf_prune.measure.latency_table import LatencyTable, Shape, latency_table
+from hf_prune.measure.latency_table import LatencyTable
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site
@@ -48,28 +47,6 @@ def selection_from_dict(data: Mapping[str, Any] | None) -> Selection | None:
     return Selection(Plan.from_dict(data["plan"]), outcomes, float(data["error"]))
 
 
-def _of_the_first(value: Any) -> Any:
-    """What the main process holds, on all of them."""
-    if PartialState().num_processes == 1:
-        return value
-    held = [value]
-    broadcast_object_list(held)
-    return held[0]
-
-
-def _agreed_table(model: PreTrainedModel, sites: Sequence[Site], stage: Prune) -> LatencyTable:
-    """The latency table of the main process, on all of them: times differ, decisions must not."""
-    assert stage.target is not None  # noqa: S101  # it is what is timed
-    table = None
-    if PartialState().is_main_process:
-        shape = Shape(stage.target.batch_size, stage.sequence_length)
-        empty = any(levels[0] == 0 for levels in stage_levels(sites, stage).values())
-        table = latency_table(model, sites, shape, empty=empty)
-    agreed = _of_the_first(table)
-    assert isinstance(agreed, LatencyTable)  # noqa: S101  # what the main process sent
-    return agreed
-
-
 def make_chooser(
     model: PreTrainedModel,
     sites: Sequence[Site],
@@ -85,8 +62,6 @@ def make_chooser(
         table: from an earlier run, where the target is one of time; else it is measured.
     """
     timed = stage.target is not None and stage.target.timed
-    if timed and table is None:
-        table = _agreed_table(model, sites, stage)
     return Chooser(model, sites, {}, stage, table if timed else None)
 
 
@@ -104,12 +79,7 @@ def select(chooser: Chooser, rankings: Mapping[str, Ranking], share: float) -> S
     chooser.rankings = rankings
     if chooser.table is None or share < 1:
         return same_on_all_processes(chooser.predict(share))
-    chosen = None
-    if PartialState().is_main_process:
-        chosen = selection_to_dict(chooser.choose(share).selection)
-    selection = selection_from_dict(_of_the_first(chosen))
-    assert selection is not None  # noqa: S101  # what the main process sent
-    return selection
+    return same_on_all_processes(chooser.choose(share).selection)
 
 
 def table_to_dict(chooser: Chooser) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from hf_prune.sites import (
     projection,
 )
 from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
-from hf_prune.statistics.collect import collect
+from hf_prune.statistics.collect import collect, sum_over_processes
 from hf_prune.statistics.score import score
 from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.shapes import forget_shapes_, set_key_
@@ -133,10 +133,8 @@ def student_config(
 
 
 @torch.no_grad()
-def _hidden_scores(
-    model: PreTrainedModel, batches: Iterable[Batch]
-) -> tuple[Tensor, list[float], int]:
-    """Scores of columns `[E]` and of layers, from one pass over some batches.
+def _hidden_scores(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Tensor, list[float]]:
+    """Scores of columns `[E]` and of layers, from one pass over the batches of all processes.
 
     A column counts by how much of it the layers read: its root mean square before each projection,
     times the norm of the projection's column, each projection as a share of its whole (after Sun et
@@ -147,7 +145,6 @@ def _hidden_scores(
     taps = attach_taps(model, hidden=True, attention=False)
     squares: dict[str, Tensor] = {}
     turns = torch.zeros(taps.layers, dtype=torch.float64)
-    tokens = 0
     state: dict[str, Tensor] = {}
     handles = []
     readers = {item.module for s in find_sites(model) for item in s.slices if item.axis == 0}
@@ -164,7 +161,6 @@ def _hidden_scores(
                 batch = to_device(batch, model.device)
                 mask = state["mask"] = token_mask(model, batch)
                 model(**forward_kwargs(model, batch, labels=False))
-                tokens += int(mask.sum())
                 for index in range(taps.layers):
                     before, after = (taps.hidden[i][mask].float() for i in (index, index + 1))
                     cosine = torch.cosine_similarity(before, after, dim=-1)
@@ -174,10 +170,11 @@ def _hidden_scores(
         for handle in handles:
             handle.remove()
     scores = torch.zeros(hidden_width(model, find_sites(model)), dtype=torch.float64)
-    for name, total in squares.items():
+    for name in sorted(squares):
+        total = sum_over_processes(squares[name].to(model.device)).cpu()
         reads = total * logical_weight(projection(base, name)).double().cpu().square().sum(dim=0)
         scores += reads / reads.sum()
-    return scores, turns.tolist(), tokens
+    return scores, sum_over_processes(turns.to(model.device)).tolist()
 
 
 def _best(scores: Tensor, count: int) -> tuple[int, ...]:
@@ -194,7 +191,7 @@ def choose(teacher: PreTrainedModel, stage: Student, batches: Sequence[Batch]) -
     _, wanted = student_config(teacher, stage)
     if not batches:
         raise DataError("a student that starts from its teacher needs batches to choose by.")
-    columns, turns, _ = _hidden_scores(teacher, batches)
+    columns, turns = _hidden_scores(teacher, batches)
     depth = len(turns)
     if stage.pick_layers == "score":
         layers = _best(torch.tensor(turns, dtype=torch.float64), wanted["layers"])

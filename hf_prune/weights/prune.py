@@ -156,7 +156,16 @@ def _restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> Masks:
     return masks
 
 
-def _prune_light(layer: _Layer, matrices: Sequence[Matrix], job: Job) -> None:
+def _keep(
+    model: nn.Module, layer: str, matrices: Sequence[Matrix], errors: dict[str, float], job: Job
+) -> None:
+    """Note what a layer lost, and keep what it became, where a folder for that was named."""
+    job.result.errors |= errors
+    if job.progress is not None and matrices:
+        job.progress.save(layer, _touched(model, matrices, job.result.masks), errors)
+
+
+def _prune_light(layer: _Layer, matrices: Sequence[Matrix], job: Job) -> dict[str, float]:
     """Prune one layer by the norms of its inputs; only the pruned stream moves on."""
     found = prune_by_norms(
         layer.pruned,
@@ -170,9 +179,9 @@ def _prune_light(layer: _Layer, matrices: Sequence[Matrix], job: Job) -> None:
     errors: dict[str, float] = {}
     for matrix, mask, error in found:
         job.result.masks[matrix.name], errors[matrix.name] = mask, error
-    job.result.errors |= errors
     for index, stream in enumerate(layer.streams):
         stream.pruned = layer.run_pruned(index)
+    return errors
 
 
 def _prune_layer(
@@ -190,7 +199,7 @@ def _prune_layer(
         job.result.errors |= found[1]
         job.result.resumed.append(layer.name)
     elif job.options.norms_only and all(m.kind == "linear" for m in matrices):
-        _prune_light(layer, matrices, job)
+        _keep(model, layer.name, matrices, _prune_light(layer, matrices, job), job)
         return
     elif matrices:
         block = layer.block(sites if job.options.dense_target else ())
@@ -198,10 +207,7 @@ def _prune_layer(
         for matrix, mask, fits in prune_block(block, matrices, job.removed, job.options):
             job.result.masks[matrix.name] = mask
             errors[matrix.name] = sum(fit.error for fit in fits) / len(fits)
-        job.result.errors |= errors
-        if job.progress is not None:
-            tensors = _touched(model, matrices, job.result.masks)
-            job.progress.save(layer.name, tensors, errors)
+        _keep(model, layer.name, matrices, errors, job)
     layer.advance(block)
     logger.info("%s: %d matrices pruned", layer.name, len(matrices))
 

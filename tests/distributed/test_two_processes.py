@@ -19,8 +19,16 @@ from transformers import (
 )
 from words import word_tokenizer
 
-from hf_prune import DistillCallback, PruneCallback, compress, last_checkpoint, prepare_trainer
+from hf_prune import (
+    DistillCallback,
+    PruneCallback,
+    compress,
+    last_checkpoint,
+    make_student,
+    prepare_trainer,
+)
 from hf_prune.errors import PlanError
+from hf_prune.recipe import Student
 
 
 def model():
@@ -86,6 +94,29 @@ def single_weights(mine):
     return figures
 
 
+STRUCTURE = {
+    "hidden": {"units": ["hidden"], "criterion": "fisher", "sparsity": 0.5},
+    "search": {"sparsity": 0.5, "search_trials": 3, "round_to": 4},
+    "timed": {"target": {"speedup": 1.3, "batch_size": 2}},
+    "fewer": {"sparsity": 0.5, "calibration_samples": 32, "reconstruction_samples": 48},
+}
+"""Ways to decide on units that a plain sparsity does not go."""
+
+
+def units(mine):
+    """By stage, the plan and the sum of weights after it, and how much data it took."""
+    figures = {}
+    for name, fields in STRUCTURE.items():
+        found = compress(
+            model(), {"stages": [{"stage": "prune", "sequence_length": 16, **fields}]}, mine
+        )
+        samples = found.report["calibration_samples"]
+        figures[name] = [found.plan.fingerprint(), checksum(found.model), samples]
+    stage = Student(layers=1, hidden=16, heads=2, neurons=24, pick_layers="score")
+    student = make_student(model(), stage, mine)
+    return figures | {"student": ["", checksum(student), 0]}
+
+
 def checksum(trained):
     return float(sum(p.detach().double().abs().sum() for p in trained.parameters()))
 
@@ -117,6 +148,7 @@ def job(folder):
         "gradual": callback.plan.fingerprint(),
         "gradual_weights": checksum(student),
         "weights": single_weights(mine),
+        "units": units(mine),
     }
     (Path(folder) / f"{world}-{rank}.json").write_text(json.dumps(figures))
 
@@ -137,6 +169,10 @@ def test_two_processes_agree_with_one(tmp_path):
     for name in ("one_shot", "gradual"):
         assert first[name] == alone[name]
     assert first["one_shot_weights"] == pytest.approx(alone["one_shot_weights"], rel=1e-4)
+    for name, (plan, total, samples) in first["units"].items():
+        if name != "timed":
+            assert [plan, samples] == [alone["units"][name][0], alone["units"][name][2]], name
+            assert total == pytest.approx(alone["units"][name][1], rel=1e-4), name
     for name, here in first["weights"].items():
         there = alone["weights"][name]
         pairs = list(zip(here["zeros"], there["zeros"], strict=True))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from test_resume import recipe, trainer
 
-from hf_prune import PruneCallback
+from hf_prune import PruneCallback, targets
 from hf_prune.errors import ConfigError
 from hf_prune.measure import latency_table
 from hf_prune.measure.counts import count_macs, count_parameters
 from hf_prune.recipe import Prune, Schedule
 from hf_prune.sites import find_sites
 from hf_prune.targets import Chooser
-from hf_prune.training import aim, hard_concrete
+from hf_prune.training import hard_concrete
 from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.structure import StructuredPruning
 
@@ -255,7 +255,7 @@ def test_a_speedup_is_asked_of_a_schedule_and_timed_at_its_end(tiny, tmp_path, m
     groups = {latency_table._group(site): site for site in sites}
     points = {name: {1: 0, site.units: 300} for name, site in groups.items()}
     table = latency_table.LatencyTable(2000, 800, points)
-    monkeypatch.setattr(aim, "latency_table", lambda *_, **__: table)
+    monkeypatch.setattr(targets, "latency_table", lambda *_, **__: table)
     timed = []
 
     def measure(self, counts):

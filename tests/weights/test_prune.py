@@ -162,6 +162,30 @@ def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
         run(tiny("llama"), batches, progress=Progress(tmp_path / "state", "another"))
 
 
+def test_pruning_by_norms_goes_on_too(tiny, inputs_for, tmp_path, monkeypatch):
+    batches = [inputs_for("llama", seed) for seed in range(2)]
+    told = {"criterion": "wanda", "dense_target": False, "refit_steps": 0}
+    whole = tiny("llama")
+    run(whole, batches, **told)
+    progress = Progress(tmp_path / "state", "this run")
+    real, done = room.prune_by_norms, []
+
+    def dies(*args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(room, "prune_by_norms", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny("llama"), batches, progress=progress, **told)
+    monkeypatch.setattr(room, "prune_by_norms", real)
+    model = tiny("llama")
+    assert run(model, batches, progress=progress, **told).resumed == ["model.layers.0"]
+    for (key, ours), theirs in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs[1], atol=1e-6, rtol=1e-6, msg=key)
+
+
 class Net(nn.Module):
     """Two convolutions, one of them grouped, a recurrent layer, and a linear one."""
 
