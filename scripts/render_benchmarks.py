@@ -68,6 +68,8 @@ GRIDS: dict[str, tuple[re.Pattern[str], str, str]] = {
 """Files whose rows are methods at levels: how a row is named, what a cell is, and its format."""
 GRIDS["structured_reuters_r8"] = GRIDS["structured_rotten_tomatoes"]
 GRIDS["weights_reuters_r8"] = GRIDS["weights_rotten_tomatoes"]
+GRIDS["training_methods_30_steps"] = GRIDS["training_methods"]
+GRIDS["training_methods_r8"] = GRIDS["training_methods"]
 TITLES = {
     "kept_of_dense": "Share of the dense accuracy that is kept",
     "perplexity": "Perplexity",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_prune.errors import NumericsError
 from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.statistics.moments import same_on_all
 from hf_prune.weights.find import Matrix, set_values_
 from hf_prune.weights.inputs import never_ran, real_rows
 from hf_prune.weights.patterns import Pattern, keep
@@ -90,7 +91,7 @@ def prune_by_norms(
             raise NumericsError(f"{matrix.name}: its inputs on calibration data are not finite.")
         weight = matrix.view(matrix.parameter.data)[0]
         scores = weight.float().abs() * inputs.sqrt().float()
-        kept = keep(scores, removed[matrix.name][0], pattern)
+        kept = keep(same_on_all(scores), removed[matrix.name][0], pattern)
         lost = scores.double().square()
         error = float((lost * ~kept).sum() / lost.sum().clamp(min=1e-30))
         mask = torch.ones_like(matrix.parameter, dtype=torch.bool)

@@ -212,8 +212,9 @@ def prune_block(
                 weight = matrix.view(matrix.parameter.data)[index]
                 subject = Subject(matrix.name, index, weight, bias, on_sum)
                 fit = solve(subject, item, removed[matrix.name][index], options)
-                matrix.view(mask)[index].copy_(fit.mask)
-                set_values_(matrix, index, same_on_all(fit.weight) * fit.mask)
+                kept = same_on_all(fit.mask.to(torch.uint8)).bool()
+                matrix.view(mask)[index].copy_(kept)
+                set_values_(matrix, index, same_on_all(fit.weight) * kept)
                 if bias is not None and fit.bias is not None:
                     bias.copy_(same_on_all(fit.bias))
                 fits.append(fit)
