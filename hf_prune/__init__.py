@@ -29,6 +29,7 @@ from hf_prune.training.student import make_student
 from hf_prune.training.teacher import cache_logits
 from hf_prune.training.trainer import prepare_trainer
 from hf_prune.training.zeros import KeepZeros
+from hf_prune.weights.stage import sparsify_
 
 __all__ = [
     "DistillCallback",
@@ -59,6 +60,7 @@ __all__ = [
     "save_model",
     "save_result",
     "shorten_layers_",
+    "sparsify_",
     "verify",
 ]
 

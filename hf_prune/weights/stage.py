@@ -1,14 +1,15 @@
 """One stage of single weights, as a recipe says it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, NumericsError
-from hf_prune.recipe import Prune, did_you_mean
+from hf_prune.recipe import Prune, did_you_mean, explain
 from hf_prune.weights.budgets import BUDGETS, allot
 from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
@@ -131,6 +132,39 @@ def prune_stage_(
         "mean_relative_error": _mean(list(result.errors.values())),
     }
     return result, entry
+
+
+def sparsify_(
+    module: nn.Module, batches: Iterable[Inputs] = (), *, seed: int = 0, **fields: Any
+) -> Pruned:
+    """Prune single weights of any `nn.Module` in place: a CNN, an LSTM, a model of transformers.
+
+    Matrices of linear layers, convolutions and recurrent layers are followed to their inputs, and
+    what stays is re-fitted so that the module gives what it gave.
+
+    Args:
+        module: left in the mode that it was in.
+        batches: calibration inputs: tensors, tuples of arguments, or dicts for transformers. Not
+            needed with `criterion="magnitude", reconstruct=False, weights={"dense_target": False}`.
+        seed: of everything random.
+        fields: of a recipe's stage `prune` with `units: [weights]`: `sparsity` or
+            `weights={"pattern": "2:4"}`, `criterion`, `solver`, `ignore`.
+
+    Returns:
+        `masks` by parameter name, True where a weight stays: `KeepZeros(masks)` keeps zeros in a
+        Trainer; and the relative `errors` of the outputs of each matrix.
+
+    Raises:
+        ConfigError: for fields that are unknown or do not go together.
+        DataError: when inputs are needed and there are none.
+        NumericsError: when weights or inputs are not finite.
+        UnsupportedModelError: when calibration never runs one of the matrices.
+    """
+    try:
+        stage = Prune(units=("weights",), **fields)
+    except ValidationError as error:
+        raise ConfigError(f"sparsify_: {explain(error)}") from error
+    return prune_stage_(module, stage, list(batches), seed)[0]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,10 +1,19 @@
 """The walk: masks are exact, each fit repairs, both paths agree, and interrupted runs go on."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from hf_prune.errors import CheckpointError, DataError, NumericsError, UnsupportedModelError
+from hf_prune import sparsify_
+from hf_prune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericsError,
+    UnsupportedModelError,
+)
 from hf_prune.families import FAMILIES
 from hf_prune.sites import base_model, find_sites
 from hf_prune.weights import prune as room
@@ -184,6 +193,27 @@ def test_pruning_by_norms_goes_on_too(tiny, inputs_for, tmp_path, monkeypatch):
     assert run(model, batches, progress=progress, **told).resumed == ["model.layers.0"]
     for (key, ours), theirs in zip(model.named_parameters(), whole.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs[1], atol=1e-6, rtol=1e-6, msg=key)
+
+
+@torch.no_grad()
+def test_any_module_by_the_fields_of_a_stage():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).train()
+    images = torch.rand(32, 1, 8, 8)
+    before = net.eval()(images)
+    net.train()
+    found = sparsify_(net, images.split(8), sparsity=0.5, ignore=("3*",))
+    assert net.training
+    assert list(found.masks) == ["0.weight"]
+    assert int((net[0].weight == 0).sum()) == int((~found.masks["0.weight"]).sum()) == 36
+    gap = float((net.eval()(images) - before).square().mean() / before.square().mean())
+    plain = copy.deepcopy(net)
+    told = {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}}
+    sparsify_(plain, sparsity=0.5, **told)
+    assert float((plain(images) - before).square().mean() / before.square().mean()) > gap
+    with pytest.raises(ConfigError, match=r"sparsify_: .*sparsty"):
+        sparsify_(net, images.split(8), sparsty=0.5)
+    with pytest.raises(DataError, match="needs calibration batches"):
+        sparsify_(net, sparsity=0.5)
 
 
 class Net(nn.Module):
