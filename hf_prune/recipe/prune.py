@@ -214,6 +214,35 @@ class Prune(Model):
             raise ValueError("a floor needs sparsity or target: the most that may go")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> "Prune":
+        """Refuse what a stage of this kind would accept and not do."""
+        gradual, weights = self.schedule is not None, not self.structural
+        single = self.single
+        cases = (
+            (self.search_trials > 0, "search_trials", self.floor is not None, "with a floor"),
+            (self.search_trials > 0, "search_trials", gradual, "on a schedule"),
+            (self.search_trials > 0, "search_trials", self.units == ("hidden",), "for hidden"),
+            (self.search_trials > 0, "search_trials", weights, "for weights"),
+            (self.rescale, "rescale", gradual, "on a schedule"),
+            (self.rescale, "rescale", weights, "for weights"),
+            (self.reconstruction == "parallel", "reconstruction: parallel", weights, "for weights"),
+            (
+                self.reconstruction == "parallel",
+                "reconstruction: parallel",
+                gradual,
+                "on a schedule",
+            ),
+            (self.round_to > 1, "round_to", weights, "for weights: name a pattern instead"),
+            (self.even, "even", weights, "for weights: solver: uniform does that"),
+            (single.polish_steps > 0, "polish_steps", gradual, "on a schedule"),
+            (single.rank == "row", "rank: row", gradual, "on a schedule"),
+        )
+        for given, name, here, where in cases:
+            if given and here:
+                raise ValueError(f"{name} does nothing {where}: leave it out")
+        return self
+
     @property
     def _templated(self) -> bool:
         """Whether a template says by itself how much goes."""
