@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.errors import CheckpointError, ConfigError, DataError
 from hf_prune.recipe import Distill, Train, explain
 from hf_prune.sites import ALL_KINDS, find_sites, hidden_width
 from hf_prune.statistics.batches import (
@@ -105,6 +105,13 @@ class DistillCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the teacher to the student's loss."""
         refuse_sharded(args, "DistillCallback")
+        smoothing = getattr(args, "label_smoothing_factor", 0.0)
+        if smoothing:
+            raise ConfigError(
+                f"label_smoothing_factor={smoothing}: the Trainer then keeps the labels from the "
+                "model and replaces its loss, and with it the teacher. Set it to 0; a teacher's "
+                "distribution is soft already."
+            )
         self._attach(kwargs["model"])
         if state is None:
             return
@@ -212,8 +219,9 @@ class DistillCallback(TrainerCallback):
     def _add_loss(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not module.training or (output.get("loss") is None and self.alpha < 1):
+        if not module.training:
             return output
+        self._check_loss(output)
         labels = kwargs.get("labels")
         logits = distribution(output)
         teacher = self._teacher_logits(module, args, kwargs, logits)
@@ -238,6 +246,16 @@ class DistillCallback(TrainerCallback):
             self.inner.teacher.clear()
         self._mix(output, terms)
         return output
+
+    def _check_loss(self, output: Any) -> None:
+        end = self.stage.alpha_end
+        least = self.stage.alpha if end is None else min(self.stage.alpha, end)
+        if output.get("loss") is None and least < 1:
+            raise DataError(
+                f"DistillCallback: the model gave no loss of labels to mix with the teacher's, of "
+                f"which alpha={least:g} asks. Its batches need labels (a Trainer with a loss of "
+                "its own takes them out); or learn from the teacher alone, with alpha=1."
+            )
 
     def _like(self) -> Tensor:
         assert self.inner is not None  # noqa: S101  # only called when layers are compared

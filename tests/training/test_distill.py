@@ -283,3 +283,27 @@ def test_a_model_with_encoder_and_decoder_is_taught_by_its_logits(tiny, inputs_f
     torch.testing.assert_close(output.loss, expected)
     with pytest.raises(ConfigError, match="taught by their logits only"):
         DistillCallback(teacher, hidden=1.0).on_train_begin(None, None, None, model=student)
+
+
+def test_a_missing_loss_is_an_error_in_training_only(tiny, inputs_for):
+    teacher, student = tiny("bert"), still(tiny("bert"))
+    batch = inputs_for("bert")
+    del batch["labels"]
+    for fields in ({"alpha": 0.5}, {"alpha": 1.0, "alpha_end": 0.0}):
+        callback = DistillCallback(teacher, **fields)
+        callback._attach(student)
+        student.eval()(**batch)
+        with pytest.raises(DataError, match=r"no loss of labels .* alpha=0(\.5)? asks"):
+            student.train()(**batch)
+        callback.on_train_end(None, None, None)
+
+
+def test_label_smoothing_is_refused(tiny, inputs_for, tmp_path):
+    """The Trainer would take the labels out, compute its own loss, and forget the teacher's."""
+    for alpha in (0.5, 1.0):
+        callback = DistillCallback(tiny("bert"), alpha=alpha)
+        job = trainer(
+            tiny("bert"), rows("bert", inputs_for), tmp_path, callback, label_smoothing_factor=0.1
+        )
+        with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1: .* Set it to 0"):
+            job.train()

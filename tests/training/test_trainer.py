@@ -80,3 +80,13 @@ def test_sharded_training_is_refused(tiny, tmp_path, name, title):
             ConfigError, match=rf"{kind} does not support {title}: .* Leave {name} out"
         ):
             callback.on_train_begin(job.args, job.state, job.control, model=job.model)
+
+
+def test_a_loss_function_beside_a_teacher_is_refused(tiny, tmp_path):
+    job = trainer(tiny("bert"), tmp_path, DistillCallback(tiny("bert"), alpha=1.0))
+    job.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs["loss"]
+    with pytest.raises(ConfigError, match="compute_loss_func replaces the loss"):
+        prepare_trainer(job)
+    job = trainer(tiny("bert"), tmp_path, PruneCallback(recipe()))
+    job.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs["loss"]
+    prepare_trainer(job)
