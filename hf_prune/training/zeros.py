@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from hf_prune.errors import CheckpointError, ConfigError, DataError
 from hf_prune.recipe import Prune, did_you_mean
 from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.training.sharded import refuse_sharded
 from hf_prune.weights.masks import (
     WEIGHT_SOLVERS,
     Masks,
@@ -173,7 +174,12 @@ class KeepZeros(TrainerCallback):
         self.masks = dict(masks)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the zeros."""
+        """Write the zeros.
+
+        Raises:
+            ConfigError: for sharded training, where masks do not fit the parts of parameters.
+        """
+        refuse_sharded(args, "KeepZeros")
         apply_masks_(kwargs["model"], self.masks)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
