@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_prune import DistillCallback, cache_logits, remove_units
 from hf_prune.errors import CheckpointError, ConfigError, DataError
@@ -307,3 +313,28 @@ def test_label_smoothing_is_refused(tiny, inputs_for, tmp_path):
         )
         with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1: .* Set it to 0"):
             job.train()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_training_that_was_broken_off_leaves_one_teacher(tiny, inputs_for, tmp_path, same):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    teacher, student, data = tiny("bert"), still(tiny("bert")), rows("bert", inputs_for)
+    first = DistillCallback(teacher, hidden=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(student, data, tmp_path, first, Break()).train()
+    assert len(student._forward_hooks) == 1
+    callback = first if same else DistillCallback(teacher, hidden=1.0)
+    other = DistillCallback(tiny("electra"))
+    seen = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append([hook.__self__ for hook in student._forward_hooks.values()])
+
+    trainer(student, data, tmp_path, callback, other, Count(), max_steps=1).train()
+    assert seen == [[callback, other]], "two teachers of one training stay, an old one goes"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
