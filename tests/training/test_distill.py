@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     Trainer,
     TrainerCallback,
@@ -20,6 +21,7 @@ from hf_prune.sites import HIDDEN, find_sites
 from hf_prune.statistics.batches import counted_positions
 from hf_prune.training.losses import attention_maps, distillation_loss
 from hf_prune.training.taps import attach_taps
+from hf_prune.training.teacher import CachedLogits
 
 ALL = {"hidden": 1.0, "embeddings": 1.0, "attention": 1.0, "relations": 1.0, "relation_heads": 4}
 
@@ -239,6 +241,28 @@ def test_caches_that_do_not_fit(tiny, inputs_for, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"logits\.safetensors"):
         DistillCallback(path)
+
+
+def test_answers_to_questions_are_not_cached(tiny, inputs_for, tmp_path):
+    config = copy.deepcopy(tiny("bert").config)
+    config.num_labels = 2  # start and end
+    teacher, path = BertForQuestionAnswering(config).train(), tmp_path / "logits.safetensors"
+    batch = {key: value for key, value in inputs_for("bert").items() if key != "labels"}
+    with pytest.raises(ConfigError, match=r"BertForQuestionAnswering gives no logits of classes"):
+        cache_logits(teacher, [batch], path)
+    assert teacher.training
+    assert not path.exists()
+    cache_logits(BertForSequenceClassification(config), [batch], path)
+    with pytest.raises(ConfigError, match=r"gives no logits .* let the teacher itself run beside"):
+        DistillCallback(path).on_train_begin(None, None, None, model=teacher)
+
+
+def test_images_of_like_values_are_told_apart(tiny, inputs_for, tmp_path):
+    """All pixels lie between -1 and 1: as integers most of them would be 0."""
+    teacher, path = tiny("vit"), tmp_path / "logits.safetensors"
+    images = inputs_for("vit")["pixel_values"].clamp(-0.9, 0.9)
+    assert cache_logits(teacher, [{"pixel_values": images}], path) == len(images)
+    assert len(CachedLogits(path).rows) == len(images)
 
 
 def test_what_cannot_be_compared_is_refused(tiny):
