@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,8 +19,14 @@ from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.gates.attach import attach_gates
 from hf_prune.sites import Site, find_sites
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
-from hf_prune.statistics.collect import collect
+from hf_prune.statistics.batches import (
+    Batch,
+    counted_positions,
+    forward_kwargs,
+    to_device,
+    token_mask,
+)
+from hf_prune.statistics.collect import collect, sum_over_processes
 from hf_prune.statistics.projection import logits_of
 from hf_prune.statistics.score import score
 from hf_prune.statistics.streams import in_eval
@@ -37,7 +44,8 @@ class Sensitivity:
         fractions: shares of the units of one site that were masked.
         curves: by site, at each fraction: `kl` (mean KL divergence from the dense model, in nats
             per example or token), `logit_error` (mean squared change of the logits, their mean over
-            classes taken off) and, where batches have labels, `loss`.
+            classes taken off) and, where batches have labels, `loss`, the mean over all labels
+            that count: examples, or tokens. All are over the batches of all processes.
         scores: by criterion and site, what each unit's removal adds in the criterion's order, by
             unit.
         agreement: by two criteria, the mean over sites of the rank correlation of their orders.
@@ -94,7 +102,15 @@ def _compare(dense: Tensor, masked: Tensor) -> Tensor:
     change = masked - dense
     change = change - change.mean(dim=-1, keepdim=True)
     error = change.square().mean(dim=-1)
-    return torch.stack([kl.double().sum(), error.double().sum(), torch.tensor(float(len(kl)))])
+    count = kl.new_tensor(len(kl), dtype=torch.float64)
+    return torch.stack([kl.double().sum(), error.double().sum(), count])
+
+
+def _loss(model: PreTrainedModel, batch: Batch, output: Any) -> Tensor:
+    """The loss of a batch, times the labels that it is a mean over, and their number, `[2]`."""
+    count = counted_positions(model, batch["labels"]).sum().double()
+    total = output.loss.double() * count if count else torch.zeros_like(count)
+    return torch.stack([total, count])
 
 
 @torch.no_grad()
@@ -106,14 +122,15 @@ def _curves(
     fractions: Sequence[float],
 ) -> dict[str, dict[str, list[float]]]:
     labelled = all("labels" in batch for batch in batches)
-    sums = {site.name: torch.zeros(len(fractions), 5, dtype=torch.float64) for site in sites}
+    shape = len(sites), len(fractions), 5
+    sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
     gates = attach_gates(model, sites)
     try:
         for batch in batches:
             batch = to_device(batch, model.device)
             kwargs, mask = forward_kwargs(model, batch, labels=labelled), token_mask(model, batch)
             dense = _tokens(logits_of(model(**kwargs)).float(), mask)
-            for site in sites:
+            for row, site in zip(sums, sites, strict=True):
                 ranking = rankings[site.name]
                 for index, fraction in enumerate(fractions):
                     gone = ranking.order[: round(fraction * site.units)]
@@ -122,21 +139,20 @@ def _curves(
                     gates.values = {site.name: gate}
                     output = model(**kwargs)
                     found = _compare(dense, _tokens(logits_of(output).float(), mask).to(dense))
-                    sums[site.name][index, :3] += found.cpu()
+                    row[index, :3] += found
                     if labelled:
-                        sums[site.name][index, 3] += float(output.loss) * len(mask)
-                    sums[site.name][index, 4] += len(mask)
+                        row[index, 3:] += _loss(model, batch, output)
                 gates.values = {}
     finally:
         gates.remove()
     curves = {}
-    for name, total in sums.items():
-        curves[name] = {
+    for site, total in zip(sites, sum_over_processes(sums).cpu(), strict=True):
+        curves[site.name] = {
             "kl": (total[:, 0] / total[:, 2]).tolist(),
             "logit_error": (total[:, 1] / total[:, 2]).tolist(),
         }
         if labelled:
-            curves[name]["loss"] = (total[:, 3] / total[:, 4]).tolist()
+            curves[site.name]["loss"] = (total[:, 3] / total[:, 4]).tolist()
     return curves
 
 
@@ -153,7 +169,8 @@ def analyse_sensitivity(
 
     Args:
         model: of a known family; not changed.
-        batches: dicts of tensors. Criteria that need labels need them here too.
+        batches: dicts of tensors. Criteria that need labels need them here too. Under several
+            processes, each passes its own share.
         criteria: keys of `hf_prune.criteria.CRITERIA`; units are masked in the order of the first.
         fractions: shares of a site's units to mask.
         kinds: of sites.

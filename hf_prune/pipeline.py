@@ -82,7 +82,7 @@ def _prune_weights(
     dead = Plan(model.config.model_type)
     if stage.single.remove_dead and batches:
         dead, masks = remove_dead_(model, batches[0], masks)
-    entry["dead_units"] = sum(len(site.removed) for site in dead.sites.values())
+        entry["dead_units"] = sum(len(site.removed) for site in dead.sites.values())
     return Plan(model.config.model_type, dead.sites, count_kept(masks)), masks, entry
 
 

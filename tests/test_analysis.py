@@ -38,6 +38,40 @@ def test_curves_are_those_of_masking_each_site(tiny, inputs_for, logits, name):
     assert torch.equal(logits(model, batch), dense)
 
 
+def halves(batch):
+    """Of unlike numbers of counted tokens."""
+    return [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, None))]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_losses_are_weighted_by_the_labels_that_count(tiny, inputs_for, name):
+    model, batch = tiny(name), inputs_for(name)
+    if name == "gpt2":
+        batch["labels"][1:, 3:] = -100
+    whole = analyse_sensitivity(model, [batch], ["magnitude"], fractions=(0.5,))
+    parts = analyse_sensitivity(model, halves(batch), ["magnitude"], fractions=(0.5,))
+    for site, curve in whole.curves.items():
+        for key, values in curve.items():
+            assert parts.curves[site][key] == pytest.approx(values, rel=1e-4, abs=1e-8), key
+
+
+def test_curves_are_of_the_data_of_all_processes(tiny, inputs_for, monkeypatch):
+    model, batch = tiny("bert"), inputs_for("bert")
+    sums = []
+
+    def other_process(value):
+        sums.append(value.clone())
+        return value + sums[0] if len(sums) == 2 else value
+
+    whole = analyse_sensitivity(model, [batch], ["magnitude"], fractions=(0.5,))
+    monkeypatch.setattr("hf_prune.analysis.sum_over_processes", other_process)
+    for half in halves(batch):
+        found = analyse_sensitivity(model, [half], ["magnitude"], fractions=(0.5,))
+    for site, curve in whole.curves.items():
+        for key, values in curve.items():
+            assert found.curves[site][key] == pytest.approx(values, rel=1e-4, abs=1e-8), key
+
+
 def test_scores_and_agreement(tiny, inputs_for):
     model = tiny("bert")
     found = analyse_sensitivity(model, [inputs_for("bert")], ["magnitude", "random"])

@@ -280,3 +280,13 @@ def test_single_weights_by_default_and_what_they_leave_dead(tiny, inputs_for):
         assert weight.shape == mask.shape
         assert not weight[~mask].any()
     assert result.plan.weights == {name: int(mask.sum()) for name, mask in result.masks.items()}
+
+
+def test_dead_units_are_reported_only_where_they_were_looked_for(tiny, inputs_for):
+    stage = {"stage": "prune", "units": ["weights"], "criterion": "magnitude", "sparsity": 0.5}
+    recipe = {"stages": [{**stage, "reconstruct": False, "weights": {"dense_target": False}}]}
+    (entry,) = compress(tiny("bert"), recipe).report["pruning"]
+    assert "dead_units" not in entry
+    recipe["stages"][0]["weights"]["dense_target"] = True
+    (entry,) = compress(tiny("bert"), recipe, [inputs_for("bert")] * 2).report["pruning"]
+    assert entry["dead_units"] == 0

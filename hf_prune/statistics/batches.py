@@ -239,4 +239,4 @@ def example_seed(inputs: Tensor, mask: Tensor, seed: int) -> int:
     So that what is random about an example does not depend on its batch, its place or its process.
     """
     content = inputs[mask].detach().cpu().contiguous()
-    return zlib.crc32(content.numpy().tobytes(), seed & 0xFFFFFFFF)
+    return zlib.crc32(content.view(torch.uint8).numpy().tobytes(), seed & 0xFFFFFFFF)

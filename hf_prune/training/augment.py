@@ -105,10 +105,23 @@ class Augmenter:
         return "".join([*pieces, text[end:]])
 
     def fingerprint(self, *more: object) -> str:
-        """A name for the result, by which `datasets` knows it again."""
-        words = [self.candidates, self.probability, self.seed, self.masked is not None, *more]
-        weight = float(self.embeddings.detach().double().abs().sum())
-        return hashlib.sha256(repr([*words, weight]).encode()).hexdigest()[:32]
+        """A name for the result, by which `datasets` knows it again.
+
+        Of all that a variant depends on: both models' weights, and what the tokenizer does.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        spelling = self.tokenizer.get_vocab() if backend is None else backend.to_str()
+        masked = {} if self.masked is None else self.masked.state_dict()
+        words = [
+            *(self.candidates, self.probability, self.seed),
+            *(spelling, self.tokenizer.mask_token, self.tokenizer.model_max_length),
+            *(None if self.masked is None else self.masked.config.to_json_string(), more),
+        ]
+        digest = hashlib.sha256(repr(words).encode())
+        for name, tensor in {"embeddings": self.embeddings, **masked}.items():
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
 
 
 def augment(
@@ -127,12 +140,13 @@ def augment(
         return {name: [augmenter.variant(text, copy) for text in batch[name]] for name in columns}
 
     parts = [rows]
+    name = augmenter.fingerprint(rows._fingerprint, tuple(columns))
     for copy in range(copies):
         part = rows.map(
             change,
             batched=True,
             fn_kwargs={"copy": copy},
-            new_fingerprint=augmenter.fingerprint(rows._fingerprint, tuple(columns), copy),
+            new_fingerprint=f"{name}-{copy}",
             desc=f"Augmenting {copy + 1} of {copies}",
         )
         parts.append(part)

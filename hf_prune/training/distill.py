@@ -1,5 +1,7 @@
 """`DistillCallback`: the dense model teaches the pruned one, inside any Trainer."""
 
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.errors import CheckpointError, ConfigError, DataError
 from hf_prune.recipe import Distill, Train, explain
 from hf_prune.sites import ALL_KINDS, find_sites, hidden_width
 from hf_prune.statistics.batches import (
@@ -61,6 +63,19 @@ def distribution(output: Any) -> Tensor:
     return torch.cat([output["start_logits"], output["end_logits"]])
 
 
+def _release(student: PreTrainedModel, training: Any) -> None:
+    """Take away what teachers of trainings that were broken off have left at a student.
+
+    Args:
+        student: to be trained.
+        training: state of the Trainer that begins; its other teachers stay.
+    """
+    for hook in list(student._forward_hooks.values()):
+        earlier = getattr(hook, "__self__", None)
+        if isinstance(earlier, DistillCallback) and earlier.training is not training:
+            earlier._detach()
+
+
 class DistillCallback(TrainerCallback):
     """Adds the loss of a teacher to that of the labels while any Trainer trains a model.
 
@@ -99,18 +114,27 @@ class DistillCallback(TrainerCallback):
         self.alpha = self.stage.alpha
         self.inner: InnerTerms | None = None
         self.handle: RemovableHandle | None = None
+        self.training: Any = None
         self.sums: dict[str, Tensor] = {}
         self.passes = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the teacher to the student's loss."""
         refuse_sharded(args, "DistillCallback")
+        smoothing = getattr(args, "label_smoothing_factor", 0.0)
+        if smoothing:
+            raise ConfigError(
+                f"label_smoothing_factor={smoothing}: the Trainer then keeps the labels from the "
+                "model and replaces its loss, and with it the teacher. Set it to 0; a teacher's "
+                "distribution is soft already."
+            )
+        self.training = state
         self._attach(kwargs["model"])
         if state is None:
             return
         note_part(state, PART)
         if state.global_step > 0:
-            self._resume(checkpoint_of(args, state, self.resume_from))
+            self._resume(checkpoint_of(args, state, self.resume_from), state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the share of the distillation."""
@@ -134,11 +158,17 @@ class DistillCallback(TrainerCallback):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             tensors = self.inner.projections.state() if self.inner is not None else {}
-            data = {"pairs": self.inner.pairs if self.inner is not None else None}
+            data = {
+                "recipe": self._fingerprint(state.max_steps),
+                "pairs": self.inner.pairs if self.inner is not None else None,
+            }
             write_state(checkpoint_of(args, state, None), PART, data, tensors, parts_of(state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the student go."""
+        self._detach()
+
+    def _detach(self) -> None:
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
@@ -148,6 +178,8 @@ class DistillCallback(TrainerCallback):
             self.inner = None
 
     def _attach(self, student: PreTrainedModel) -> None:
+        self._detach()
+        _release(student, self.training)
         if isinstance(self.teacher, CachedLogits):
             self.teacher.check(student)
         else:
@@ -176,8 +208,20 @@ class DistillCallback(TrainerCallback):
         rate = stage.projection_learning_rate
         return InnerTerms(stage, ours, theirs, Projections(widths, rate, student.device))
 
-    def _resume(self, checkpoint: Any) -> None:
+    def _fingerprint(self, max_steps: int) -> str:
+        """Of what a training that goes on must have in common with the one that was broken off."""
+        moves = max_steps if self.stage.alpha_end is not None else None  # alpha ends with training
+        text = json.dumps([distill_fields(self.stage), moves])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _resume(self, checkpoint: Any, max_steps: int) -> None:
         data, tensors = read_state(checkpoint, PART)
+        if data.get("recipe") != self._fingerprint(max_steps):
+            raise CheckpointError(
+                f"{checkpoint} was written with another distillation (other fields of the stage, "
+                "or with alpha_end another number of steps): resume with the same recipe and "
+                "arguments, or start anew."
+            )
         if self.inner is None:
             return
         try:
@@ -212,8 +256,9 @@ class DistillCallback(TrainerCallback):
     def _add_loss(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not module.training or (output.get("loss") is None and self.alpha < 1):
+        if not module.training:
             return output
+        self._check_loss(output)
         labels = kwargs.get("labels")
         logits = distribution(output)
         teacher = self._teacher_logits(module, args, kwargs, logits)
@@ -238,6 +283,16 @@ class DistillCallback(TrainerCallback):
             self.inner.teacher.clear()
         self._mix(output, terms)
         return output
+
+    def _check_loss(self, output: Any) -> None:
+        end = self.stage.alpha_end
+        least = self.stage.alpha if end is None else min(self.stage.alpha, end)
+        if output.get("loss") is None and least < 1:
+            raise DataError(
+                f"DistillCallback: the model gave no loss of labels to mix with the teacher's, of "
+                f"which alpha={least:g} asks. Its batches need labels (a Trainer with a loss of "
+                "its own takes them out); or learn from the teacher alone, with alpha=1."
+            )
 
     def _like(self) -> Tensor:
         assert self.inner is not None  # noqa: S101  # only called when layers are compared

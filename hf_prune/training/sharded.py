@@ -7,6 +7,8 @@ FSDP2 (`torch.distributed.fsdp.fully_shard`). Removal needs whole parameters: `w
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -14,17 +16,27 @@ from transformers import PreTrainedModel
 from hf_prune.errors import ConfigError, UnsupportedModelError
 
 
+def _launched(kind: str) -> bool:
+    """Whether Accelerate shards by itself: its launcher, or a plugin, says so to the Trainer."""
+    if parse_flag_from_env(f"ACCELERATE_USE_{kind.upper()}"):
+        return True
+    return is_initialized() and AcceleratorState().distributed_type == kind.upper()
+
+
 def refuse_sharded(args: Any, who: str) -> None:
     """Refuse FSDP and DeepSpeed: there a process holds parts of parameters only.
+
+    They can be asked for in the arguments of the Trainer or by `accelerate launch --use_fsdp`.
 
     Raises:
         ConfigError: naming the callback, what is asked for, and what to do.
     """
     for name, kind in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")):
-        if getattr(args, name, None):
+        if getattr(args, name, None) or _launched(kind):
             raise ConfigError(
-                f"{who} does not support {kind}: it decides on whole parameters, and a process "
-                f"there holds parts of them. Leave {name} out: one process and DDP "
+                f"{who} does not support {kind}: it needs whole parameters, and a process "
+                f"there holds parts of them. Leave {name} out, of the arguments of the Trainer "
+                f"and of what `accelerate launch` is told (--use_{name}): one process and DDP "
                 "(accelerate launch --multi_gpu) are supported. In a loop of your own, gates "
                 "(close_gates) work under fully_shard; "
                 "hf_prune.training.sharded.whole_copy then gives a model for remove_units."

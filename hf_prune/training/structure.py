@@ -146,12 +146,16 @@ class StructuredPruning:
         return result
 
     def _product(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """`W * dL/dW`, in memory that is kept: fresh memory would cost more than the product."""
-        as_before = (self.memory.dtype, self.memory.device) == (weight.dtype, weight.device)
-        if not as_before or self.memory.numel() < weight.numel():
-            self.memory = weight.new_empty(weight.numel())
+        """`W * dL/dW` in float32, in memory that is kept: fresh memory would cost more.
+
+        The sum over a unit of products of lower precision would be of that precision too.
+        """
+        if self.memory.device != weight.device or self.memory.numel() < weight.numel():
+            self.memory = weight.new_empty(weight.numel(), dtype=torch.float32)
         place = self.memory[: weight.numel()].view(weight.shape)
-        return torch.mul(weight, gradient, out=place)
+        if weight.dtype == torch.float32:
+            return torch.mul(weight, gradient, out=place)
+        return place.copy_(weight).mul_(gradient)
 
     @torch.no_grad()
     def observe(self) -> None:

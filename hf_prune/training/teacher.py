@@ -62,9 +62,17 @@ def teacher_inputs(teacher: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[
 
 
 def _keys(inputs: Tensor, mask: Tensor) -> list[bytes]:
-    """A digest of the real tokens of each example, whatever its padding and batch."""
-    rows = [row[keep].cpu().to(torch.int64).numpy() for row, keep in zip(inputs, mask, strict=True)]
+    """A digest of the real tokens, or pixels, of each example, whatever its padding and batch."""
+    exact = inputs.float() if inputs.is_floating_point() else inputs.to(torch.int64)
+    rows = [row[keep].cpu().numpy() for row, keep in zip(exact, mask, strict=True)]
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+def _no_cache(model: PreTrainedModel) -> ConfigError:
+    return ConfigError(
+        f"{type(model).__name__} gives no logits of classes or tokens that could be cached: let "
+        "the teacher itself run beside its student, DistillCallback(teacher)."
+    )
 
 
 @torch.no_grad()
@@ -83,6 +91,8 @@ def cache_logits(
         The number of examples.
 
     Raises:
+        ConfigError: for a teacher that answers questions: its distributions are over the tokens of
+            a padded batch, so that they differ from batch to batch.
         DataError: when there is no batch.
     """
     keys: list[bytes] = []
@@ -92,7 +102,11 @@ def cache_logits(
     for batch in batches:
         batch = to_device(batch, teacher.device)
         mask = token_mask(teacher, batch)
-        logits = teacher(**forward_kwargs(teacher, batch, labels=False)).logits.cpu()
+        output = teacher(**forward_kwargs(teacher, batch, labels=False))
+        if output.get("logits") is None:
+            teacher.train(training)
+            raise _no_cache(teacher)
+        logits = output["logits"].cpu()
         keys += _keys(main_input(teacher, batch), mask)
         if logits.ndim == 3:
             values += [row[keep] for row, keep in zip(logits, mask.cpu(), strict=True)]
@@ -138,8 +152,10 @@ class CachedLogits:
         """Refuse a student with another number of classes or tokens.
 
         Raises:
-            ConfigError: naming both numbers.
+            ConfigError: naming both numbers, or for a student that answers questions.
         """
+        if type(student).__name__.endswith("ForQuestionAnswering"):
+            raise _no_cache(student)
         causal = student.get_output_embeddings() is not None
         ours = student.config.vocab_size if causal else student.config.num_labels
         if int(self.logits.shape[-1]) != ours:

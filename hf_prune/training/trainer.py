@@ -8,7 +8,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from hf_prune.errors import ConfigError
 from hf_prune.statistics.batches import is_causal_lm
+from hf_prune.training.distill import DistillCallback
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -65,12 +67,22 @@ def prepare_trainer(trainer: Trainer) -> Trainer:
 
     Returns:
         The same trainer.
+
+    Raises:
+        ConfigError: for a loss function of its own beside a `DistillCallback`, which it would
+            replace.
     """
+    callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
+    taught = any(isinstance(callback, DistillCallback) for callback in callbacks)
+    if taught and trainer.compute_loss_func is not None:
+        raise ConfigError(
+            "compute_loss_func replaces the loss of the model, and with it what DistillCallback "
+            "adds: leave one of the two out, or compute that loss in the model's forward()."
+        )
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not is_causal_lm(model) and trainer.compute_loss_func is None:
         trainer.model_accepts_loss_kwargs = False
     _load_all_names(trainer)
-    callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
     ours = [
         callback
         for callback in callbacks

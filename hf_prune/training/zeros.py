@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_prune.errors import CheckpointError, ConfigError, DataError
+from hf_prune.errors import CheckpointError, ConfigError, DataError, NumericsError
 from hf_prune.recipe import Prune, did_you_mean
 from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.training.sharded import refuse_sharded
 from hf_prune.weights.masks import (
     WEIGHT_SOLVERS,
     Masks,
@@ -33,6 +34,7 @@ class WeightPruning:
     """The state of a stage of single weights in a running training.
 
     Attributes:
+        overflows: steps whose gradients were not finite.
         inside: by parameter name, flat positions of the entries among which is chosen, where units
             go in the same training; all others stay as they are. Empty = all entries.
     """
@@ -42,6 +44,7 @@ class WeightPruning:
     masks: Masks = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     inside: dict[str, Tensor] = field(default_factory=dict)
+    overflows: int = 0
 
     def __post_init__(self) -> None:
         for kind, name, known in (
@@ -66,6 +69,7 @@ class WeightPruning:
             ConfigError: when the stage names what the model does not have, or leaves nothing.
         """
         self.model, self.masks, self.sums, self.inside = model, {}, {}, {}
+        self.overflows = 0
         find_stage(model, self.stage)
 
     def matrices(self) -> dict[str, Tensor]:
@@ -75,35 +79,56 @@ class WeightPruning:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Add what this step moves away from zero; magnitudes are in the weights themselves."""
+        """Add what this step moves away from zero; magnitudes are in the weights themselves.
+
+        A step that overflowed is passed over, as the optimizer does.
+        """
         if self.stage.criterion != "movement":
             return
-        for name, weight in self.matrices().items():
-            if weight.grad is not None:
-                moved = -(weight * weight.grad).float()
-                self.sums[name] = self.sums[name] + moved if name in self.sums else moved
+        moved = {
+            name: -(weight.float() * weight.grad.float())
+            for name, weight in self.matrices().items()
+            if weight.grad is not None
+        }
+        if not all(bool(torch.isfinite(value).all()) for value in moved.values()):
+            self.overflows += 1
+            return
+        for name, value in moved.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def _scores(self) -> dict[str, Tensor]:
-        """What is ranked: never negative, and zero where nothing stays already."""
+        """What is ranked: never negative, and zero where nothing stays already.
+
+        Sums are shifted in float64, on the CPU: in float32 small ones would become equal.
+        """
         weights = self.matrices()
         if self.stage.criterion != "movement":
             return weights
+        if self.overflows and not self.sums:
+            raise NumericsError(
+                f"the gradient was not finite in {self.overflows} steps: training diverged."
+            )
         if self.sums.keys() != weights.keys():
             raise DataError("training ended before a single optimizer step: nothing was pruned.")
-        totals = {name: sum_over_processes(value) for name, value in self.sums.items()}
+        totals = {name: sum_over_processes(v).cpu().double() for name, v in self.sums.items()}
         least = min(float(value.min()) for value in totals.values())
-        scores = {name: value - least + 1 for name, value in totals.items()}
-        return {n: s * self.masks[n] if n in self.masks else s for n, s in scores.items()}
+        span = max(float(value.max()) for value in totals.values()) - least
+        scores = {name: value - least + (span or 1.0) for name, value in totals.items()}
+        return {n: s * self.masks[n].cpu() if n in self.masks else s for n, s in scores.items()}
 
     def decide(self, share: float) -> None:
         """Choose the entries that stay at `share` of the final sparsity. Zeros never come back."""
         assert self.model is not None  # noqa: S101  # start() came first
         sparsity = self.stage.fraction * share
         scores = self._scores()
-        inside = {name: scores[name].flatten()[places] for name, places in self.inside.items()}
+        inside = {
+            name: scores[name].flatten()[places.to(scores[name].device)]
+            for name, places in self.inside.items()
+        }
         chosen = magnitude_masks(inside or scores, sparsity, self.stage.solver)
         self.masks = {
-            name: self._whole(name, mask) if inside else mask for name, mask in chosen.items()
+            name: (self._whole(name, mask) if inside else mask).to(self._device())
+            for name, mask in chosen.items()
         }
         apply_masks_(self.model, self.masks)
 
@@ -111,7 +136,7 @@ class WeightPruning:
         """A mask of the entries inside as one of the whole matrix."""
         shape = self.matrices()[name].shape
         whole = torch.ones(shape.numel(), dtype=torch.bool, device=mask.device)
-        whole[self.inside[name].flatten()] = mask.flatten()
+        whole[self.inside[name].flatten().to(mask.device)] = mask.flatten()
         return whole.view(shape)
 
     def after_step(self) -> None:
@@ -130,7 +155,10 @@ class WeightPruning:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What must survive a restart."""
-        return {}, {**self.masks, **{f"{MOVEMENT}{n}": s for n, s in self.sums.items()}}
+        return {"overflows": self.overflows}, {
+            **self.masks,
+            **{f"{MOVEMENT}{n}": s for n, s in self.sums.items()},
+        }
 
     def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave.
@@ -145,6 +173,7 @@ class WeightPruning:
             if mask.shape != shapes[name] or mask.dtype != torch.bool:
                 raise CheckpointError(f"the mask of {name} does not fit this model.")
         self.masks = {name: mask.to(self._device()) for name, mask in masks.items()}
+        self.overflows = int(data.get("overflows", 0))
         sums = {name: tensors.get(f"{MOVEMENT}{name}") for name in shapes}
         self.sums = {
             name: value.to(self._device())
@@ -173,7 +202,12 @@ class KeepZeros(TrainerCallback):
         self.masks = dict(masks)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the zeros."""
+        """Write the zeros.
+
+        Raises:
+            ConfigError: for sharded training, where masks do not fit the parts of parameters.
+        """
+        refuse_sharded(args, "KeepZeros")
         apply_masks_(kwargs["model"], self.masks)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,6 +17,11 @@ def _keep_largest(scores: Tensor, removed: int) -> Tensor:
     return keep(scores.reshape(1, -1), removed, Pattern()).view(scores.shape)
 
 
+def _precise(values: Tensor) -> Tensor:
+    """At least float32: matrices of several types are ranked together."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def magnitude_masks(
     weights: Mapping[str, Tensor], sparsity: float, solver: str = "uniform"
 ) -> Masks:
@@ -45,7 +50,7 @@ def magnitude_masks(
             for name, weight in weights.items()
         }
     if solver == "global":
-        flat = torch.cat([w.detach().abs().float().flatten().cpu() for w in weights.values()])
+        flat = torch.cat([_precise(w.detach().abs()).flatten().cpu() for w in weights.values()])
         mask = _keep_largest(flat, count_to_remove(sparsity, flat.numel()))
         parts = mask.split([weight.numel() for weight in weights.values()])
         return {

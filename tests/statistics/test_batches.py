@@ -95,6 +95,14 @@ def test_token_mask(tiny, inputs_for):
     assert token_mask(model, {"input_ids": batch["input_ids"]}).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_seed_of_an_image_in_any_precision(dtype):
+    image, other = torch.linspace(-1, 1, 12).view(3, 2, 2), torch.ones(3, 2, 2)
+    mask = torch.ones(3, dtype=torch.bool)
+    seeds = {example_seed(values.to(dtype), mask, 1) for values in (image, other, image.clone())}
+    assert len(seeds) == 2
+
+
 def test_seed_of_an_example_does_not_see_padding():
     ids, mask = torch.tensor([5, 6, 0, 0]), torch.tensor([True, True, False, False])
     short = example_seed(torch.tensor([5, 6]), torch.tensor([True, True]), 1)

@@ -79,6 +79,50 @@ def test_a_dataset_grows_by_variants_and_labels_stay(tokenizer, embeddings):
     assert found.features == rows.features
 
 
+def masked_model(word, seed=0):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    masked = BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        masked.cls.predictions.bias[5 + WORDS.index(word)] = 50.0
+    return masked
+
+
+def test_variants_on_disk_are_those_of_the_same_models(tokenizer, embeddings, tmp_path):
+    """`datasets` takes what it finds under the fingerprint, and does not ask the augmenter."""
+    data = Dataset.from_dict({"text": ["good film", "bad movie"], "label": [1, 0]})
+    data.save_to_disk(tmp_path / "rows")
+    rows = Dataset.load_from_disk(tmp_path / "rows")
+    for word in ("poor", "great", None):
+        masked = None if word is None else masked_model(word)
+        augmenter = Augmenter(tokenizer, embeddings, masked, candidates=1, probability=1.0)
+        expected = [augmenter.variant(text, 0) for text in rows["text"]]
+        assert augment(rows, augmenter, copies=1)["text"][2:] == expected, word
+
+
+def test_a_fingerprint_is_of_models_and_tokenizer(tokenizer, embeddings):
+    def name(words=tokenizer, table=embeddings, masked=None, **fields):
+        return Augmenter(words, table, masked, **fields).fingerprint()
+
+    turned = embeddings.flip(0)  # the same numbers in another order
+    names = [
+        name(),
+        name(word_tokenizer(WORDS[::-1])),
+        name(table=turned),
+        name(masked=masked_model("poor")),
+        name(masked=masked_model("great")),
+        name(seed=1),
+    ]
+    assert len(set(names)) == len(names)
+    assert name(masked=masked_model("poor")) == name(masked=masked_model("poor"))
+
+
 def test_bad_numbers_are_refused(tokenizer, embeddings):
     with pytest.raises(ConfigError, match=r"probability=1\.5 must be in"):
         Augmenter(tokenizer, embeddings, probability=1.5)

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_prune import DistillCallback, cache_logits, remove_units
 from hf_prune.errors import CheckpointError, ConfigError, DataError
@@ -14,6 +21,7 @@ from hf_prune.sites import HIDDEN, find_sites
 from hf_prune.statistics.batches import counted_positions
 from hf_prune.training.losses import attention_maps, distillation_loss
 from hf_prune.training.taps import attach_taps
+from hf_prune.training.teacher import CachedLogits
 
 ALL = {"hidden": 1.0, "embeddings": 1.0, "attention": 1.0, "relations": 1.0, "relation_heads": 4}
 
@@ -235,6 +243,28 @@ def test_caches_that_do_not_fit(tiny, inputs_for, tmp_path):
         DistillCallback(path)
 
 
+def test_answers_to_questions_are_not_cached(tiny, inputs_for, tmp_path):
+    config = copy.deepcopy(tiny("bert").config)
+    config.num_labels = 2  # start and end
+    teacher, path = BertForQuestionAnswering(config).train(), tmp_path / "logits.safetensors"
+    batch = {key: value for key, value in inputs_for("bert").items() if key != "labels"}
+    with pytest.raises(ConfigError, match=r"BertForQuestionAnswering gives no logits of classes"):
+        cache_logits(teacher, [batch], path)
+    assert teacher.training
+    assert not path.exists()
+    cache_logits(BertForSequenceClassification(config), [batch], path)
+    with pytest.raises(ConfigError, match=r"gives no logits .* let the teacher itself run beside"):
+        DistillCallback(path).on_train_begin(None, None, None, model=teacher)
+
+
+def test_images_of_like_values_are_told_apart(tiny, inputs_for, tmp_path):
+    """All pixels lie between -1 and 1: as integers most of them would be 0."""
+    teacher, path = tiny("vit"), tmp_path / "logits.safetensors"
+    images = inputs_for("vit")["pixel_values"].clamp(-0.9, 0.9)
+    assert cache_logits(teacher, [{"pixel_values": images}], path) == len(images)
+    assert len(CachedLogits(path).rows) == len(images)
+
+
 def test_what_cannot_be_compared_is_refused(tiny):
     teacher = tiny("llama")
     with pytest.raises(ConfigError, match=r"attention maps of 'llama' also depend on positions"):
@@ -283,3 +313,52 @@ def test_a_model_with_encoder_and_decoder_is_taught_by_its_logits(tiny, inputs_f
     torch.testing.assert_close(output.loss, expected)
     with pytest.raises(ConfigError, match="taught by their logits only"):
         DistillCallback(teacher, hidden=1.0).on_train_begin(None, None, None, model=student)
+
+
+def test_a_missing_loss_is_an_error_in_training_only(tiny, inputs_for):
+    teacher, student = tiny("bert"), still(tiny("bert"))
+    batch = inputs_for("bert")
+    del batch["labels"]
+    for fields in ({"alpha": 0.5}, {"alpha": 1.0, "alpha_end": 0.0}):
+        callback = DistillCallback(teacher, **fields)
+        callback._attach(student)
+        student.eval()(**batch)
+        with pytest.raises(DataError, match=r"no loss of labels .* alpha=0(\.5)? asks"):
+            student.train()(**batch)
+        callback.on_train_end(None, None, None)
+
+
+def test_label_smoothing_is_refused(tiny, inputs_for, tmp_path):
+    """The Trainer would take the labels out, compute its own loss, and forget the teacher's."""
+    for alpha in (0.5, 1.0):
+        callback = DistillCallback(tiny("bert"), alpha=alpha)
+        job = trainer(
+            tiny("bert"), rows("bert", inputs_for), tmp_path, callback, label_smoothing_factor=0.1
+        )
+        with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1: .* Set it to 0"):
+            job.train()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_training_that_was_broken_off_leaves_one_teacher(tiny, inputs_for, tmp_path, same):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    teacher, student, data = tiny("bert"), still(tiny("bert")), rows("bert", inputs_for)
+    first = DistillCallback(teacher, hidden=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(student, data, tmp_path, first, Break()).train()
+    assert len(student._forward_hooks) == 1
+    callback = first if same else DistillCallback(teacher, hidden=1.0)
+    other = DistillCallback(tiny("electra"))
+    seen = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append([hook.__self__ for hook in student._forward_hooks.values()])
+
+    trainer(student, data, tmp_path, callback, other, Count(), max_steps=1).train()
+    assert seen == [[callback, other]], "two teachers of one training stay, an old one goes"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from test_resume import recipe, trainer
 from transformers import TrainerCallback
 
-from hf_prune import DistillCallback, PruneCallback, prepare_trainer
+from hf_prune import DistillCallback, KeepZeros, PruneCallback, prepare_trainer
 from hf_prune.errors import ConfigError
 
 
@@ -70,13 +72,32 @@ def test_language_models_keep_their_own_count(tiny, tmp_path):
     assert not prepare_trainer(trainer(tiny("bert"), tmp_path)).model_accepts_loss_kwargs
 
 
+@pytest.mark.parametrize("way", ["arguments", "launcher", "plugin"])
 @pytest.mark.parametrize(("name", "title"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
-def test_sharded_training_is_refused(tiny, tmp_path, name, title):
-    for callback in (PruneCallback(recipe()), DistillCallback(tiny("bert"))):
-        job = trainer(tiny("bert"), tmp_path, callback)
-        setattr(job.args, name, "on")
-        kind = type(callback).__name__
-        with pytest.raises(
-            ConfigError, match=rf"{kind} does not support {title}: .* Leave {name} out"
-        ):
-            callback.on_train_begin(job.args, job.state, job.control, model=job.model)
+def test_sharded_training_is_refused(tiny, tmp_path, monkeypatch, name, title, way):
+    for callback in (PruneCallback(recipe()), DistillCallback(tiny("bert")), KeepZeros({})):
+        with monkeypatch.context() as patch:
+            job = trainer(tiny("bert"), tmp_path, callback)
+            if way == "arguments":
+                patch.setattr(job.args, name, "on")
+            elif way == "launcher":
+                patch.setenv(f"ACCELERATE_USE_{title.upper()}", "true")
+            else:
+                kinds = AcceleratorState._shared_state, PartialState._shared_state
+                for shared in kinds:
+                    patch.setitem(shared, "distributed_type", DistributedType[title.upper()])
+            kind = type(callback).__name__
+            with pytest.raises(
+                ConfigError, match=rf"{kind} does not support {title}: .* Leave {name} out"
+            ):
+                callback.on_train_begin(job.args, job.state, job.control, model=job.model)
+
+
+def test_a_loss_function_beside_a_teacher_is_refused(tiny, tmp_path):
+    job = trainer(tiny("bert"), tmp_path, DistillCallback(tiny("bert"), alpha=1.0))
+    job.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs["loss"]
+    with pytest.raises(ConfigError, match="compute_loss_func replaces the loss"):
+        prepare_trainer(job)
+    job = trainer(tiny("bert"), tmp_path, PruneCallback(recipe()))
+    job.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs["loss"]
+    prepare_trainer(job)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_prune import KeepZeros, PruneCallback
-from hf_prune.errors import ConfigError, DataError
+from hf_prune.errors import ConfigError, DataError, NumericsError
 from hf_prune.recipe import Prune, Schedule
 from hf_prune.training.zeros import WeightPruning, merge_adapter
 from hf_prune.weights.find import find_weights
@@ -141,6 +141,57 @@ def test_sums_and_masks_come_back_in_any_order(tiny, reverse):
     for mine, theirs in ((after.masks, before.masks), (after.sums, before.sums)):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def movement(solver="global", values=(3.0, -1.0)):
+    """A stage on one matrix, or on one for each row of `values`, `[matrices, entries]`."""
+    table = torch.tensor(values)
+    table = table if table.ndim == 2 else table[None]
+    model = nn.Sequential(*(nn.Linear(table.shape[1], 1, bias=False) for _ in table))
+    with torch.no_grad():
+        for layer, row in zip(model, table, strict=True):
+            layer.weight.copy_(row[None])
+    stage = Prune(
+        units=("weights",),
+        criterion="movement",
+        solver=solver,
+        sparsity=0.5,
+        schedule=Schedule(),
+    )
+    pruning = WeightPruning(stage)
+    pruning.start(model)
+    return model, pruning
+
+
+def step(model, pruning, *gradients):
+    for layer, gradient in zip(model, gradients, strict=True):
+        layer.weight.grad = torch.tensor([gradient])
+    pruning.observe()
+
+
+def test_an_overflowed_step_does_not_count_as_movement():
+    model, pruning = movement(values=[[3.0, -1.0], [2.0, 2.0]])
+    step(model, pruning, [float("inf"), 1.0], [1.0, 1.0])
+    with pytest.raises(NumericsError, match="not finite in 1 steps: training diverged"):
+        pruning.decide(1.0)
+    step(model, pruning, [1.0, 1.0], [2.0, -2.0])
+    step(model, pruning, [1.0, 1.0], [2.0, float("nan")])
+    assert pruning.overflows == 2
+    sums = [value.tolist() for value in pruning.sums.values()]
+    assert sums == [[[-3.0, 1.0]], [[-4.0, 4.0]]], "not one matrix of such a step counts"
+    pruning.decide(1.0)
+    assert [mask.tolist() for mask in pruning.masks.values()] == [[[False, True]]] * 2
+
+
+@pytest.mark.parametrize("solver", ["global", "uniform"])
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e12])
+def test_small_movements_are_told_apart_beside_large_ones(solver, scale):
+    """In float32 `4e-9 - (-1)` is `1`, and so is `1e-9 - (-1)`."""
+    model, pruning = movement(solver, [1.0, 1.0, 1.0, 1.0])
+    step(model, pruning, [-4e-9 * scale, -2e-9 * scale, -1e-9 * scale, scale])
+    pruning.decide(1.0)
+    (mask,) = pruning.masks.values()
+    assert mask.tolist() == [[True, True, False, False]]
 
 
 def test_movement_is_the_sum_of_minus_weight_times_gradient():
