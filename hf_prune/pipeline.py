@@ -260,12 +260,15 @@ def compress_family(
     report = _start_report(model, recipe, batches)
     results = []
     for stage in stages:
-        one = Recipe(seed=recipe.seed, stages=(stage,))
+        kind = {"standalone": recipe.standalone, "portable": recipe.portable}
+        one = Recipe(seed=recipe.seed, stages=(stage,), **kind)
         done = prune_once(analysis, stage)
         own = copy.deepcopy(report)
         own["recipe"] = one.model_dump(mode="json")
         own["pruning"].append(done.entry)
         layers = shorten_layers_(done.model)
+        if one.portable:
+            make_plain_(done.model)
         own["stages"]["pruned"] = measure_stage(done.model, report["sequence_length"])
         plan = Plan(model.config.model_type).then(done.decision.selection.plan)
         results.append(Result(done.model, plan, own, one, layers=layers))

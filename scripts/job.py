@@ -61,6 +61,31 @@ NOT_FOR_THE_TRAINER = {"stage", "lora_rank"}
 """Fields of a train stage that are not arguments of a Trainer."""
 
 
+FLOOR = "floor"
+"""Name of the part of the data by which a floor is judged."""
+HELD_OUT = 5, 1000
+"""One of so many training rows is held out for it, and at most so many."""
+
+
+def hold_out(data: DatasetDict, recipe: Recipe) -> DatasetDict:
+    """Take a part of the training data away for the metric of a floor, where a stage has one.
+
+    Raises:
+        DataError: when there is too little of it.
+    """
+    if all(stage.floor is None for stage in recipe.prune_stages):
+        return data
+    share, most = HELD_OUT
+    rows = data["train"].shuffle(seed=recipe.seed)
+    count = min(len(rows) // share, most)
+    if not count:
+        raise DataError(
+            f"{len(rows)} training rows: a floor is judged by one of {share} of them. Give more."
+        )
+    parts = {"train": rows.select(range(count, len(rows))), FLOOR: rows.select(range(count))}
+    return DatasetDict({**data, **parts})
+
+
 class Job:
     """One run: its data, its models, and the figures so far.
 
@@ -86,7 +111,7 @@ class Job:
         data = load_data(arguments, self.task, recipe.seed, packaged)
         self.names = self.task.classes(data, self.columns)
         self.blocks = self.task.name == "text-generation"  # lines of text are cut into blocks first
-        self.raw = data if self.blocks else cut(data, arguments, recipe.seed)
+        self.raw = data if self.blocks else hold_out(cut(data, arguments, recipe.seed), recipe)
         gguf = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **gguf)
         self.model = self.load(source, **gguf)
@@ -98,6 +123,11 @@ class Job:
         self.masks: dict[str, torch.Tensor] = {}
         self.layers: dict[str, str] = {}  # by path of a layer now, that in the dense model
         self.report = new_report(recipe, self.model)
+        if FLOOR in self.data:
+            self.report["floor"] = {
+                "examples": len(self.data[FLOOR]),
+                "rows": "of the training data, drawn by the seed; no stage trains on them",
+            }
         self.student_rows: Dataset | None = None  # what a student learns from, if not the same
         self.trained_after_pruning = False
 
@@ -117,7 +147,9 @@ class Job:
     def encode_all(self) -> None:
         """Spell all data with the tokenizer as it is."""
         encoded = self.encode(self.raw)
-        self.data = cut(encoded, self.arguments, self.recipe.seed) if self.blocks else encoded
+        if self.blocks:
+            encoded = hold_out(cut(encoded, self.arguments, self.recipe.seed), self.recipe)
+        self.data = encoded
         self.collator = self.task.collator(self.tokenizer)
 
     def encode(self, data: DatasetDict) -> DatasetDict:
@@ -247,12 +279,9 @@ class Job:
     def prune(self, stage: Prune) -> None:
         """Prune the current model in one shot."""
         samples = max(stage.calibration_samples, stage.reconstruction_samples or 0)
-        one = Recipe(seed=self.recipe.seed, stages=(stage,), standalone=self.recipe.standalone)
-
-        def score(model: PreTrainedModel) -> float:
-            return self.score(model)
-
-        metric = score if stage.floor is not None else None
+        kind = {"standalone": self.recipe.standalone, "portable": self.recipe.portable}
+        one = Recipe(seed=self.recipe.seed, stages=(stage,), **kind)
+        metric = self.score_for_floor if stage.floor is not None else None
         batches, known = self.calibration(samples), self.arguments.experience
         result = compress(self.model, one, batches, metric=metric, experience=known)
         self.model = result.model
@@ -269,9 +298,19 @@ class Job:
             self.layers = {now: self.layers.get(old, old) for now, old in layers.items()}
 
     def score(self, model: PreTrainedModel) -> float:
-        """One number, higher = better: F1, accuracy, or the negative loss."""
+        """One number on the test split, higher = better: F1, accuracy, or the negative loss.
+
+        To be looked at, not to decide by: `score_for_floor` is for that.
+        """
+        return self._score(model, "test")
+
+    def score_for_floor(self, model: PreTrainedModel) -> float:
+        """The same on training data that was held out: neither measured, trained nor calibrated."""
+        return self._score(model, FLOOR)
+
+    def _score(self, model: PreTrainedModel, part: str) -> float:
         size = self.arguments.eval_batch_size
-        figures = self.task.measure(model, self.batches(self.data["test"], size, "Measuring"))
+        figures = self.task.measure(model, self.batches(self.data[part], size, "Measuring"))
         return figures.get("f1", figures.get("accuracy", -figures.get("loss", 0.0)))
 
     def make_student(self, stage: Student) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertForSequenceClassification
 from words import word_tokenizer
 
 import hf_prune.errors
@@ -15,6 +16,7 @@ from hf_prune import load_recipe, save_result, targets
 from hf_prune.measure import latency_table
 from hf_prune.measure.latency import Latency
 from hf_prune.recipe import Distill, Prune, Recipe, Student, Train, Vocabulary
+from hf_prune.report.card import render_card
 
 ROOT = Path(hf_prune.errors.__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -165,6 +167,68 @@ def test_tasks_of_prune_bert(folder, files, task, figure):
         assert 0 <= report["stages"][name][figure] <= 1
     removed = report["pruning"][0]
     assert removed["removed"] >= removed["asked_to_remove"] > 0
+
+
+@pytest.mark.parametrize("task", ["text-classification", "text-generation"])
+def test_a_floor_is_judged_by_rows_that_nothing_else_sees(folder, files, task, monkeypatch):
+    steps = {"max_steps": 2, "per_device_train_batch_size": 4}
+    stage = PRUNE.model_copy(update={"calibration_samples": 1000})
+    with_floor = {**stage.model_dump(mode="json"), "floor": {"drop": 0.5}}
+    recipe = load_recipe({"stages": [with_floor, Distill(**steps).model_dump(mode="json")]})
+    source = folder("bert" if task == "text-classification" else "gpt2")
+    found = scripts_arguments.Arguments(
+        max_length=16, latency_rounds=1, latency_tokens=8, latency_batch_size=2, **files[task]
+    )
+    job = scripts_job.Job(found, recipe, source)
+    whole = scripts_job.Job(found, load_recipe({"stages": [steps_only(steps)]}), source)
+    ids = {name: sorted(map(tuple, part["input_ids"])) for name, part in job.data.items()}
+    assert sorted(ids["train"] + ids["floor"]) == sorted(
+        map(tuple, whole.data["train"]["input_ids"])
+    )
+    assert len(ids["floor"]) == len(whole.data["train"]) // 5
+    assert "floor" not in whole.data
+    titles = []
+    plain = scripts_job.Job.batches
+
+    def batches(self, rows, size, title):
+        titles.append((title, rows is self.data["floor"], rows is self.data["test"]))
+        return plain(self, rows, size, title)
+
+    monkeypatch.setattr(scripts_job.Job, "batches", batches)
+    result = job.run()
+    assert ("Measuring", True, False) in titles
+    assert ("Measuring", False, True) not in titles, "the search does not see the test split"
+    assert result.report["floor"]["examples"] == len(ids["floor"])
+    assert result.report["calibration_samples"] == len(ids["train"])
+
+
+def steps_only(steps):
+    return Train(**steps).model_dump(mode="json")
+
+
+def test_a_floor_needs_rows(folder, files, tmp_path):
+    few = tmp_path / "few.csv"
+    few.write_text("text,label\ngood film,0\nbad film,1\nfine plot,2\n")
+    recipe = load_recipe({"stages": [{**PRUNE.model_dump(mode="json"), "floor": {"drop": 0.5}}]})
+    names = {**files["text-classification"], "train_file": str(few)}
+    with pytest.raises(hf_prune.errors.DataError, match="3 training rows: a floor is judged"):
+        run(recipe, folder("bert"), names)
+
+
+def test_a_portable_recipe_in_scripts(folder, files, tmp_path):
+    steps = {"max_steps": 2, "per_device_train_batch_size": 4}
+    stage = PRUNE.model_copy(update={"units": ("neurons",), "even": True, "solver": "knapsack"})
+    stages = [stage.model_dump(mode="json"), Distill(**steps).model_dump(mode="json")]
+    recipe = load_recipe({"portable": True, "stages": stages})
+    result = run(recipe, folder("bert"), files["text-classification"])
+    assert result.plan.sites
+    assert "import hf_prune" not in render_card(result.report)
+    save_result(result, tmp_path / "out")
+    model = tmp_path / "out" / "model"
+    assert "hf_prune" not in (model / "config.json").read_text()
+    loaded = BertForSequenceClassification.from_pretrained(model)
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])

@@ -7,7 +7,7 @@ import torch
 from tinies import DECODERS, EAGER_ONLY, EXPERTS, TINY, auto_class
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from hf_prune import compress
+from hf_prune import compress, compress_family
 from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import load_recipe
@@ -106,6 +106,19 @@ def test_a_portable_recipe(name, tiny, inputs_for, logits, no_hook, tmp_path):
     card = render_card(result.report)
     assert "pip install transformers" in card
     assert "import hf_prune" not in card
+
+
+def test_a_portable_family_of_models(tiny, inputs_for, no_hook, tmp_path):
+    stage = {**STAGE, "min_calibration_samples": 4, "calibration_samples": 8}
+    recipe = {"portable": True, "standalone": True, "stages": [stage]}
+    found = compress_family(tiny("bert"), recipe, [inputs_for("bert")] * 2, targets=[0.3, 0.6])
+    for index, result in enumerate(found):
+        assert (result.recipe.portable, result.recipe.standalone) == (True, True)
+        assert result.report["recipe"]["portable"]
+        result.model.save_pretrained(tmp_path / str(index))
+        loaded = auto_class("bert").from_pretrained(tmp_path / str(index))
+        for name, value in result.model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
 
 
 def test_a_portable_recipe_needs_even_layers():
