@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Student, Train, Vocabulary
 from hf_prune.report.result import measure_stage, new_report
+from hf_prune.statistics.processes import of_the_main_process
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.vocabulary import count_tokens
 from hf_prune.surgery.vocabulary_stage import (
@@ -381,7 +383,7 @@ class Job:
         )
 
     def time(self) -> None:
-        """Latency of all stages, in turn, on one process."""
+        """Latency of all stages, in turn, on the main process while the others wait."""
         assert self.dense is not None  # noqa: S101  # the recipe prunes something
         models = {"dense": self.dense, "pruned": self.pruned, "recovered": self.model}
         present = {n: m for n, m in models.items() if m is not None and n in self.report["stages"]}
@@ -393,9 +395,14 @@ class Job:
         }
         for size, key in ((a.latency_batch_size, "latency_ms"), (1, "latency_ms_batch_1")):
             rounds = a.latency_rounds * (1 if size > 1 else 4)
-            times = compare_latency(
-                present, batch_size=size, sequence_length=a.latency_tokens, rounds=rounds
+            measure = partial(
+                compare_latency,
+                present,
+                batch_size=size,
+                sequence_length=a.latency_tokens,
+                rounds=rounds,
             )
+            times = of_the_main_process(measure)
             for name, item in times.items():
                 self.report["stages"][name][key] = item.median_ms
                 latency.setdefault(name, {})[f"batch_{size}"] = item.to_dict()

@@ -20,7 +20,7 @@ def _launched(kind: str) -> bool:
     """Whether Accelerate shards by itself: its launcher, or a plugin, says so to the Trainer."""
     if parse_flag_from_env(f"ACCELERATE_USE_{kind.upper()}"):
         return True
-    return is_initialized() and AcceleratorState().distributed_type == kind.upper()
+    return bool(is_initialized() and AcceleratorState().distributed_type == kind.upper())
 
 
 def refuse_sharded(args: Any, who: str) -> None:
