@@ -260,8 +260,7 @@ def compress_family(
     report = _start_report(model, recipe, batches)
     results = []
     for stage in stages:
-        kind = {"standalone": recipe.standalone, "portable": recipe.portable}
-        one = Recipe(seed=recipe.seed, stages=(stage,), **kind)
+        one = recipe.model_copy(update={"stages": (stage,)})
         done = prune_once(analysis, stage)
         own = copy.deepcopy(report)
         own["recipe"] = one.model_dump(mode="json")

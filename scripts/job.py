@@ -281,8 +281,7 @@ class Job:
     def prune(self, stage: Prune) -> None:
         """Prune the current model in one shot."""
         samples = max(stage.calibration_samples, stage.reconstruction_samples or 0)
-        kind = {"standalone": self.recipe.standalone, "portable": self.recipe.portable}
-        one = Recipe(seed=self.recipe.seed, stages=(stage,), **kind)
+        one = self.recipe.model_copy(update={"stages": (stage,)})
         metric = self.score_for_floor if stage.floor is not None else None
         batches, known = self.calibration(samples), self.arguments.experience
         result = compress(self.model, one, batches, metric=metric, experience=known)

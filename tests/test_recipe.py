@@ -104,24 +104,7 @@ def one(**change):
         (one(units=["experts", "expert_neurons"]), "share their parameters.*write two stages"),
         (one(units=["experts"], schedule={}), "experts and their neurons go in one shot"),
         (one(even=True, search_trials=3), "search_trials makes layers differ"),
-        (one(search_trials=3, floor={"drop": 0.1}), "search_trials does nothing with a floor"),
-        (one(search_trials=3, schedule={}), "search_trials does nothing on a schedule"),
-        (one(search_trials=3, units=["hidden"]), "search_trials does nothing for hidden"),
-        (one(search_trials=3, units=["weights"]), "search_trials does nothing for weights"),
-        (one(rescale=True, schedule={}), "rescale does nothing on a schedule: leave it out"),
-        (one(rescale=True, units=["weights"]), "rescale does nothing for weights"),
-        (one(reconstruction="parallel", schedule={}), "parallel does nothing on a schedule"),
-        (one(reconstruction="parallel", units=["weights"]), "parallel does nothing for weights"),
-        (one(round_to=8, units=["weights"]), "round_to does nothing for weights"),
-        (one(even=True, units=["weights"]), "even does nothing for weights"),
-        (
-            one(units=["weights"], schedule={}, weights={"polish_steps": 5}),
-            "polish_steps does nothing on a schedule",
-        ),
-        (
-            one(units=["weights"], schedule={}, weights={"rank": "row"}),
-            "rank: row does nothing on a schedule",
-        ),
+        (one(reconstruction="parallel", schedule={}), "parallel is for one shot: leave it out"),
         (one(coarse=["layers"]), "coarse gates are for masks: l0"),
         (
             one(coarse=["layers"], masks="l0", min_heads=0),
@@ -150,6 +133,44 @@ def one(**change):
 def test_what_is_refused(data, text):
     with pytest.raises(ConfigError, match=text):
         load_recipe(data if isinstance(data, dict) else {"stages": data})
+
+
+SINGLE = {"stage": "prune", "units": ["weights"], "sparsity": 0.5}
+
+
+def gradual(stage, **schedule):
+    return {"stages": [{**stage, "schedule": schedule}, {"stage": "train"}]}
+
+
+@pytest.mark.parametrize(
+    ("stages", "text"),
+    [
+        (one(search_trials=1, floor={"drop": 0.1}), "refines widths .*leave it out, or floor"),
+        (gradual({**PRUNE, "search_trials": 1}), "is for one shot: leave it out, or schedule"),
+        (one(units=["hidden"], search_trials=1), "search_trials is for heads and neurons"),
+        (one(**SINGLE, search_trials=1), "search_trials is for heads and neurons"),
+        (gradual({**PRUNE, "rescale": True}), "rescale is for heads and neurons in one shot"),
+        (one(**SINGLE, rescale=True), "rescale is for heads and neurons in one shot"),
+        (one(**SINGLE, reconstruction="parallel"), r"write weights: \{dense_target: false\}"),
+        (one(**SINGLE, round_to=8), "round_to and even are for units that are removed"),
+        (one(**SINGLE, even=True), "round_to and even are for units that are removed"),
+        (gradual({**SINGLE, "weights": {"polish_steps": 1}}), "polish_steps: .* for one shot"),
+        (gradual({**SINGLE, "weights": {"rank": "row"}}), "rank: row.* is for one shot"),
+        (gradual({**PRUNE, "masks": "l0"}, regrow=True), "regrow is for masks: scored"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(stages, text):
+    with pytest.raises(ConfigError, match=text):
+        load_recipe(stages)
+
+
+def test_defaults_written_out_are_not_refused():
+    load_recipe(one(**SINGLE, search_trials=0, rescale=False, round_to=1, even=False))
+    rank = {"rank": "matrix", "polish_steps": 0}
+    load_recipe(gradual({**SINGLE, "weights": rank, "reconstruction": "sequential"}))
+    load_recipe(one(**SINGLE, weights={"rank": "row", "polish_steps": 3}))
+    load_recipe(one(search_trials=2, rescale=True, reconstruction="parallel"))
+    load_recipe(gradual(PRUNE, regrow=True))
 
 
 def test_the_file_is_named(tmp_path):

@@ -216,31 +216,33 @@ class Prune(Model):
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> "Prune":
-        """Refuse what a stage of this kind would accept and not do."""
         gradual, weights = self.schedule is not None, not self.structural
-        single = self.single
-        cases = (
-            (self.search_trials > 0, "search_trials", self.floor is not None, "with a floor"),
-            (self.search_trials > 0, "search_trials", gradual, "on a schedule"),
-            (self.search_trials > 0, "search_trials", self.units == ("hidden",), "for hidden"),
-            (self.search_trials > 0, "search_trials", weights, "for weights"),
-            (self.rescale, "rescale", gradual, "on a schedule"),
-            (self.rescale, "rescale", weights, "for weights"),
-            (self.reconstruction == "parallel", "reconstruction: parallel", weights, "for weights"),
-            (
-                self.reconstruction == "parallel",
-                "reconstruction: parallel",
-                gradual,
-                "on a schedule",
-            ),
-            (self.round_to > 1, "round_to", weights, "for weights: name a pattern instead"),
-            (self.even, "even", weights, "for weights: solver: uniform does that"),
-            (single.polish_steps > 0, "polish_steps", gradual, "on a schedule"),
-            (single.rank == "row", "rank: row", gradual, "on a schedule"),
-        )
-        for given, name, here, where in cases:
-            if given and here:
-                raise ValueError(f"{name} does nothing {where}: leave it out")
+        search, rank = self.search_trials > 0, self.single.rank
+        parallel = self.reconstruction == "parallel"
+        regrow = self.schedule is not None and self.schedule.regrow
+        refused = {
+            "search_trials refines widths for a budget: leave it out, or floor": search
+            and self.floor is not None,
+            "search_trials is for one shot: leave it out, or schedule": search and gradual,
+            "search_trials is for heads and neurons: leave it out": search
+            and (weights or "hidden" in self.units),
+            "rescale is for heads and neurons in one shot: leave it out": self.rescale
+            and (gradual or weights),
+            "reconstruction: parallel is for heads and neurons; to fit single weights to what they "
+            "got themselves write weights: {dense_target: false}": parallel and weights,
+            "reconstruction: parallel is for one shot: leave it out": parallel and gradual,
+            "round_to and even are for units that are removed: leave them out": weights
+            and (self.round_to > 1 or self.even),
+            "weights: {polish_steps: ...} is for one shot: leave it out, the training after the "
+            "schedule moves norms and biases too": gradual and self.single.polish_steps > 0,
+            "weights: {rank: row} is for one shot: with a schedule matrices are ranked": gradual
+            and rank == "row",
+            "regrow is for masks: scored; learned masks open again by themselves": regrow
+            and self.masks != "scored",
+        }
+        for message, wrong in refused.items():
+            if wrong:
+                raise ValueError(message)
         return self
 
     @property

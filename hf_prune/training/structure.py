@@ -103,6 +103,13 @@ class StructuredPruning:
                 "shot with compress()."
             )
 
+        schedule = self.stage.schedule
+        if schedule is not None and schedule.regrow and not self.needs_gradients():
+            raise ConfigError(
+                f"regrow needs a criterion that reads gradients, by which closed gates are scored; "
+                f"{self.stage.criterion!r} does not. Use 'taylor', or leave regrow out."
+            )
+
     def start(self, model: PreTrainedModel) -> None:
         """Find the sites and attach gates, all open."""
         self.model = model

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hf_prune import PruneCallback
+from hf_prune.errors import ConfigError
 from hf_prune.recipe import Prune, Schedule
 from hf_prune.sites import base_model, logical_weight, projection
 from hf_prune.training.structure import StructuredPruning
@@ -30,3 +32,14 @@ def test_scores_are_summed_in_float32(tiny, dtype):
         found = pruning.sums[site.name]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact / total, rtol=1e-4, atol=1e-8)
+
+
+def test_regrowth_needs_gradients():
+    def recipe(criterion):
+        stage = {"stage": "prune", "criterion": criterion, "solver": "global", "sparsity": 0.5}
+        return {"stages": [{**stage, "schedule": {"regrow": True}}, {"stage": "train"}]}
+
+    PruneCallback(recipe("taylor"))
+    for criterion in ("magnitude", "random"):
+        with pytest.raises(ConfigError, match=rf"regrow needs .*'{criterion}' does not\. Use 'tay"):
+            PruneCallback(recipe(criterion))
