@@ -6,6 +6,12 @@ from datasets import DatasetDict, load_dataset
 from tasks import TASKS, Columns, Task, file_data
 
 from hf_prune.errors import DataError
+from hf_prune.recipe import Recipe
+
+FLOOR = "floor"
+"""Name of the part of the data by which a floor is judged."""
+HELD_OUT = 5, 1000
+"""One of so many training rows is held out for it, and at most so many."""
 
 
 @dataclass
@@ -120,3 +126,22 @@ def cut(data: DatasetDict, arguments: Arguments, seed: int) -> DatasetDict:
         size = most[part] or len(rows)
         parts[part] = rows.shuffle(seed=seed).select(range(size)) if size < len(rows) else rows
     return DatasetDict(parts)
+
+
+def hold_out(data: DatasetDict, recipe: Recipe) -> DatasetDict:
+    """Take a part of the training data away for the metric of a floor, where a stage has one.
+
+    Raises:
+        DataError: when there is too little of it.
+    """
+    if all(stage.floor is None for stage in recipe.prune_stages):
+        return data
+    share, most = HELD_OUT
+    rows = data["train"].shuffle(seed=recipe.seed)
+    count = min(len(rows) // share, most)
+    if not count:
+        raise DataError(
+            f"{len(rows)} training rows: a floor is judged by one of {share} of them. Give more."
+        )
+    parts = {"train": rows.select(range(count, len(rows))), FLOOR: rows.select(range(count))}
+    return DatasetDict({**data, **parts})

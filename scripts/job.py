@@ -14,7 +14,7 @@ from typing import Any
 import evaluate as hf_evaluate
 import torch
 from accelerate import PartialState
-from arguments import Arguments, columns_of, cut, load_data
+from arguments import FLOOR, Arguments, columns_of, cut, hold_out, load_data
 from datasets import Dataset, DatasetDict
 from packaged import strip_quantizer
 from tasks import TASKS
@@ -61,31 +61,6 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, torch.Tensor]
 NOT_FOR_THE_TRAINER = {"stage", "lora_rank"}
 """Fields of a train stage that are not arguments of a Trainer."""
-
-
-FLOOR = "floor"
-"""Name of the part of the data by which a floor is judged."""
-HELD_OUT = 5, 1000
-"""One of so many training rows is held out for it, and at most so many."""
-
-
-def hold_out(data: DatasetDict, recipe: Recipe) -> DatasetDict:
-    """Take a part of the training data away for the metric of a floor, where a stage has one.
-
-    Raises:
-        DataError: when there is too little of it.
-    """
-    if all(stage.floor is None for stage in recipe.prune_stages):
-        return data
-    share, most = HELD_OUT
-    rows = data["train"].shuffle(seed=recipe.seed)
-    count = min(len(rows) // share, most)
-    if not count:
-        raise DataError(
-            f"{len(rows)} training rows: a floor is judged by one of {share} of them. Give more."
-        )
-    parts = {"train": rows.select(range(count, len(rows))), FLOOR: rows.select(range(count))}
-    return DatasetDict({**data, **parts})
 
 
 class Job:

@@ -164,6 +164,11 @@ def sparsify_(
         stage = Prune(units=("weights",), **fields)
     except ValidationError as error:
         raise ConfigError(f"sparsify_: {explain(error)}") from error
+    if stage.schedule is not None or stage.single.polish_steps:
+        raise ConfigError(
+            "sparsify_ prunes any module in one shot: leave schedule to PruneCallback, and "
+            "polish_steps to compress()."
+        )
     return prune_stage_(module, stage, list(batches), seed)[0]
 
 

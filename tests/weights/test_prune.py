@@ -15,6 +15,7 @@ from hf_prune.errors import (
     UnsupportedModelError,
 )
 from hf_prune.families import FAMILIES
+from hf_prune.recipe import Schedule
 from hf_prune.sites import base_model, find_sites
 from hf_prune.weights import prune as room
 from hf_prune.weights.budgets import uniform
@@ -214,6 +215,9 @@ def test_any_module_by_the_fields_of_a_stage():
         sparsify_(net, images.split(8), sparsty=0.5)
     with pytest.raises(DataError, match="needs calibration batches"):
         sparsify_(net, sparsity=0.5)
+    for fields in ({"schedule": Schedule()}, {"weights": {"polish_steps": 2}}):
+        with pytest.raises(ConfigError, match="in one shot: leave schedule to PruneCallback"):
+            sparsify_(net, images.split(8), sparsity=0.5, **fields)
 
 
 class Net(nn.Module):
