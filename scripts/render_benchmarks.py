@@ -41,35 +41,29 @@ COLUMNS = (
 
 
 _LEVEL = r"(?P<level>\d\.\d+ of the encoder|[\d.]+x|\d:\d|0\.\d+)"
-GRIDS: dict[str, tuple[re.Pattern[str], str, str]] = {
-    "structured_rotten_tomatoes": (
-        re.compile(rf"[\w-]+ {_LEVEL} (?P<method>.+) seed \d"),
-        "kept_of_dense",
-        "{:.3f}",
-    ),
-    "weights_rotten_tomatoes": (
-        re.compile(rf"[\w-]+ {_LEVEL} (?P<method>.+) seed \d"),
-        "kept_of_dense",
-        "{:.3f}",
-    ),
-    "structured_smollm2": (re.compile(rf"{_LEVEL} (?P<method>.+)"), "perplexity", "{:.1f}"),
-    "weights_smollm2": (re.compile(rf"{_LEVEL} (?P<method>.+)"), "perplexity", "{:.1f}"),
-    "weights_recovery": (
-        re.compile(rf"[\w-]+:\d {_LEVEL} (?P<method>.+)"),
-        "kept_of_dense",
-        "{:.3f}",
-    ),
-    "training_methods": (
-        re.compile(rf"[\w-]+:\d (?P<method>\w+) {_LEVEL}(?P<how> taught)?"),
-        "kept_of_dense",
-        "{:.3f}",
-    ),
+Grid = tuple[re.Pattern[str], str, str]
+_TEXT: Grid = (
+    re.compile(rf"[\w-]+ {_LEVEL} (?P<method>.+) seed \d"),
+    "kept_of_dense",
+    "{:.3f}",
+)
+_LANGUAGE: Grid = (re.compile(rf"{_LEVEL} (?P<method>.+)"), "perplexity", "{:.1f}")
+_TRAINED = re.compile(rf"[\w-]+:\d (?P<method>\w+) {_LEVEL}(?P<how> taught)?")
+_TRAINING: Grid = (_TRAINED, "kept_of_dense", "{:.3f}")
+_RECOVERY: Grid = (re.compile(rf"[\w-]+:\d {_LEVEL} (?P<method>.+)"), "kept_of_dense", "{:.3f}")
+GRIDS = {
+    "structured_rotten_tomatoes": _TEXT,
+    "structured_reuters_r8": _TEXT,
+    "structured_smollm2": _LANGUAGE,
+    "weights_rotten_tomatoes": _TEXT,
+    "weights_reuters_r8": _TEXT,
+    "weights_smollm2": _LANGUAGE,
+    "weights_recovery": _RECOVERY,
+    "training_methods": _TRAINING,
+    "training_methods_30_steps": _TRAINING,
+    "training_methods_r8": _TRAINING,
 }
 """Files whose rows are methods at levels: how a row is named, what a cell is, and its format."""
-GRIDS["structured_reuters_r8"] = GRIDS["structured_rotten_tomatoes"]
-GRIDS["weights_reuters_r8"] = GRIDS["weights_rotten_tomatoes"]
-GRIDS["training_methods_30_steps"] = GRIDS["training_methods"]
-GRIDS["training_methods_r8"] = GRIDS["training_methods"]
 TITLES = {
     "kept_of_dense": "Share of the dense accuracy that is kept",
     "perplexity": "Perplexity",

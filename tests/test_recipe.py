@@ -165,12 +165,18 @@ def test_what_would_be_ignored_is_refused(stages, text):
 
 
 def test_defaults_written_out_are_not_refused():
-    load_recipe(one(**SINGLE, search_trials=0, rescale=False, round_to=1, even=False))
+    written = one(**SINGLE, search_trials=0, rescale=False, round_to=1, even=False)
+    assert load_recipe(written) == load_recipe(one(**SINGLE))
     rank = {"rank": "matrix", "polish_steps": 0}
-    load_recipe(gradual({**SINGLE, "weights": rank, "reconstruction": "sequential"}))
-    load_recipe(one(**SINGLE, weights={"rank": "row", "polish_steps": 3}))
-    load_recipe(one(search_trials=2, rescale=True, reconstruction="parallel"))
-    load_recipe(gradual(PRUNE, regrow=True))
+    told = load_recipe(gradual({**SINGLE, "weights": rank, "reconstruction": "sequential"}))
+    assert told.prune_stages[0].single.rank == "matrix"
+    told = load_recipe(one(**SINGLE, weights={"rank": "row", "polish_steps": 3}))
+    assert told.prune_stages[0].single.polish_steps == 3
+    told = load_recipe(one(search_trials=2, rescale=True, reconstruction="parallel"))
+    assert told.prune_stages[0].reconstruction == "parallel"
+    schedule = load_recipe(gradual(PRUNE, regrow=True)).prune_stages[0].schedule
+    assert schedule is not None
+    assert schedule.regrow
 
 
 def test_the_file_is_named(tmp_path):
