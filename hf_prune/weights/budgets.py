@@ -9,7 +9,7 @@ from hf_prune.budget.knapsack import knapsack
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import count_to_remove
 from hf_prune.weights.find import Matrix
-from hf_prune.weights.patterns import Pattern, keep, removed_by
+from hf_prune.weights.patterns import Pattern, keep_of_all, removed_by
 from hf_prune.weights.problem import Options
 from hf_prune.weights.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.weights.solvers import Problem, wanda
@@ -45,9 +45,8 @@ def _one_ranking(matrices: Sequence[Matrix], sparsity: float, options: Options) 
     for matrix in matrices:
         for group, weight in enumerate(matrix.view(matrix.parameter.detach())):
             parts.append(options.scores_of(matrix.name, group, weight))
-    flat = torch.cat([part.float().flatten().cpu() for part in parts])
-    kept = keep(flat.view(1, -1), count_to_remove(sparsity, flat.numel()), Pattern()).flatten()
-    counts = [int((~piece).sum()) for piece in kept.split([part.numel() for part in parts])]
+    total = sum(part.numel() for part in parts)
+    counts = [int((~mask).sum()) for mask in keep_of_all(parts, count_to_remove(sparsity, total))]
     result, place = {}, 0
     for matrix in matrices:
         groups = matrix.view(matrix.parameter).shape[0]

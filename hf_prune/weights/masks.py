@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError, NumericsError, PlanError
 from hf_prune.recipe import count_to_remove, did_you_mean
-from hf_prune.weights.patterns import Pattern, keep
+from hf_prune.weights.patterns import Pattern, keep, keep_of_all
 
 Masks = dict[str, Tensor]
 """By parameter name; True = keep, in the shape of the parameter."""
@@ -15,11 +15,6 @@ Masks = dict[str, Tensor]
 
 def _keep_largest(scores: Tensor, removed: int) -> Tensor:
     return keep(scores.reshape(1, -1), removed, Pattern()).view(scores.shape)
-
-
-def _precise(values: Tensor) -> Tensor:
-    """At least float32: matrices of several types are ranked together."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def magnitude_masks(
@@ -50,12 +45,12 @@ def magnitude_masks(
             for name, weight in weights.items()
         }
     if solver == "global":
-        flat = torch.cat([_precise(w.detach().abs()).flatten().cpu() for w in weights.values()])
-        mask = _keep_largest(flat, count_to_remove(sparsity, flat.numel()))
-        parts = mask.split([weight.numel() for weight in weights.values()])
+        total = sum(weight.numel() for weight in weights.values())
+        scores = [weight.detach().abs() for weight in weights.values()]
+        masks = keep_of_all(scores, count_to_remove(sparsity, total))
         return {
-            name: part.view(weight.shape).to(weight.device)
-            for (name, weight), part in zip(weights.items(), parts, strict=True)
+            name: mask.to(weight.device)
+            for (name, weight), mask in zip(weights.items(), masks, strict=True)
         }
     raise ConfigError(
         f"unknown solver {solver!r} for weights{did_you_mean(solver, WEIGHT_SOLVERS)}"

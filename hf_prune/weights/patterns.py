@@ -5,6 +5,7 @@ divide by the number of rows is spread over rows by the scores themselves.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,3 +140,20 @@ def keep(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
     if pattern.kind == "block":
         return _keep_blocks(scores, removed, pattern.first, pattern.second)
     return _keep_unstructured(scores, removed, rows=pattern.rows)
+
+
+def keep_of_all(scores: Sequence[Tensor], removed: int) -> list[Tensor]:
+    """Masks of several tensors whose entries have one ranking, in at least float32.
+
+    Args:
+        scores: of any shapes and types; higher = keep.
+        removed: entries of all tensors together.
+
+    Returns:
+        Masks in the shapes of the scores, on a CPU. Equal scores go in their order.
+    """
+    parts = [s if s.dtype == torch.float64 else s.float() for s in scores]
+    flat = torch.cat([part.flatten().cpu() for part in parts])
+    mask = keep(flat.view(1, -1), removed, Pattern()).flatten()
+    pieces = mask.split([part.numel() for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
