@@ -71,6 +71,8 @@ def command(
             "encoder_removed": 1 - stage["encoder_parameters"] / dense["encoder_parameters"],
             "parameters": stage["parameters"],
             "speedup": 1 / latency[name][size]["ratio"],
+            "epochs": epochs,
+            "recovery_epochs": recovery,
             "train_examples": len(job.data["train"]),
             "test_examples": report["evaluation"]["examples"],
         }
