@@ -1,10 +1,14 @@
 """How a model learns: the stages `train`, `distill` and `student`."""
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from hf_prune.recipe.model import Model
+
+Scheduled = Literal["alpha", "logits", "hidden", "embeddings", "attention", "relations"]
+SCHEDULED: tuple[str, ...] = get_args(Scheduled)
+"""What can change in the course of a distillation."""
 
 
 class Train(Model):
@@ -39,8 +43,6 @@ class Distill(Train):
     """Softens both distributions (Hinton et al. 2015, arXiv:1503.02531)."""
     alpha: float = Field(default=0.9, ge=0, le=1)
     """Share of the distillation loss; the rest is the loss of the labels."""
-    alpha_end: float | None = Field(default=None, ge=0, le=1)
-    """Share at the end of the stage, reached in a straight line; None: `alpha` throughout."""
     logits: float = Field(default=1.0, ge=0)
     """Weight of the divergence between logits, within the distillation loss."""
     hidden: float = Field(default=0.0, ge=0)
@@ -55,6 +57,9 @@ class Distill(Train):
     """What relations are of."""
     relation_heads: int = Field(default=12, ge=1)
     """Heads into which the width is split anew for relations."""
+    ends: dict[Scheduled, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Values at the end of the stage, reached in a straight line, of `alpha` and of weights:
+    `{alpha: 0.5, hidden: 0}`. What is not named stays as it is."""
     layers: Literal["uniform", "last", "closest", "ordered"] = "uniform"
     """Which layer teaches which: at equal distances, the last alone, the closest of each batch, or
     the best assignment in order, found once on the first batch."""
@@ -65,21 +70,37 @@ class Distill(Train):
     teacher_logits: str | None = None
     """File with the logits of the teacher, which then need not run."""
 
+    def weighs(self, name: str) -> bool:
+        """Whether `alpha` or the weight of a term is more than 0 at any time of the stage."""
+        return any(self.at(progress)[name] > 0 for progress in (0.0, 1.0))
+
+    def at(self, progress: float) -> dict[str, float]:
+        """`alpha` and all weights at a time of the stage.
+
+        Args:
+            progress: 0 at its first step, 1 at its last.
+        """
+        begins = {name: float(getattr(self, name)) for name in SCHEDULED}
+        ends = begins | {str(name): value for name, value in self.ends.items()}
+        return {name: begin + progress * (ends[name] - begin) for name, begin in begins.items()}
+
     @property
     def inner(self) -> bool:
         """Whether layers are compared, and not the logits alone."""
-        return bool(self.hidden or self.embeddings or self.attention or self.relations)
+        return any(map(self.weighs, ("hidden", "embeddings", "attention", "relations")))
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Distill":
-        if (self.alpha or self.alpha_end) and not (self.logits or self.inner):
+        if self.weighs("alpha") and not (self.weighs("logits") or self.inner):
             raise ValueError("all distillation weights are 0: set at least one, or alpha to 0")
+        if self.ends.get("alpha", 0.0) > 1:
+            raise ValueError(f"ends: alpha={self.ends['alpha']:g} is a share: at most 1")
         if self.teacher_logits is not None and (self.inner or self.teacher is not None):
             raise ValueError(
                 "teacher_logits holds logits only: set hidden, embeddings, attention and relations "
                 "to 0, and no teacher"
             )
-        if self.relations and len(set(self.relation_of)) != max(len(self.relation_of), 1):
+        if self.weighs("relations") and len(set(self.relation_of)) != max(len(self.relation_of), 1):
             raise ValueError("relation_of must name each part once, and at least one of them")
         return self
 

@@ -111,7 +111,7 @@ class DistillCallback(TrainerCallback):
         if isinstance(self.teacher, CachedLogits) and self.stage.inner:
             raise ConfigError("cached logits cannot teach hidden, embeddings, attention, relations")
         self.resume_from = resume_from
-        self.alpha = self.stage.alpha
+        self.weights = self.stage.at(0.0)
         self.inner: InnerTerms | None = None
         self.handle: RemovableHandle | None = None
         self.training: Any = None
@@ -137,10 +137,8 @@ class DistillCallback(TrainerCallback):
             self._resume(checkpoint_of(args, state, self.resume_from), state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the share of the distillation."""
-        if self.stage.alpha_end is not None:
-            progress = state.global_step / max(state.max_steps - 1, 1)
-            self.alpha = self.stage.alpha + progress * (self.stage.alpha_end - self.stage.alpha)
+        """Set the share of the distillation, and the weights of its terms."""
+        self.weights = self.stage.at(state.global_step / max(state.max_steps - 1, 1))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the projections learn."""
@@ -192,15 +190,16 @@ class DistillCallback(TrainerCallback):
 
     def _inner(self, student: PreTrainedModel, teacher: PreTrainedModel) -> InnerTerms:
         stage = self.stage
-        if stage.attention:
+        if stage.weighs("attention"):
             check_plain_attention(student)
             check_plain_attention(teacher)
         searches = stage.layers in ("closest", "ordered")
-        hidden = bool(stage.hidden or stage.embeddings or searches)
-        attention = bool(stage.attention or stage.relations)
+        named = stage.weighs("hidden") or searches
+        hidden = named or stage.weighs("embeddings")
+        attention = stage.weighs("attention") or stage.weighs("relations")
         ours = attach_taps(student, hidden=hidden, attention=attention, training_only=True)
         theirs = attach_taps(teacher, hidden=hidden, attention=attention)
-        needed = {"hidden": bool(stage.hidden or searches), "embeddings": bool(stage.embeddings)}
+        needed = {"hidden": named, "embeddings": stage.weighs("embeddings")}
         widths: dict[str, tuple[int, int]] = {}
         if any(needed.values()):
             own, other = (hidden_width(m, find_sites(m, ALL_KINDS)) for m in (student, teacher))
@@ -210,7 +209,7 @@ class DistillCallback(TrainerCallback):
 
     def _fingerprint(self, max_steps: int) -> str:
         """Of what a training that goes on must have in common with the one that was broken off."""
-        moves = max_steps if self.stage.alpha_end is not None else None  # alpha ends with training
+        moves = max_steps if self.stage.ends else None  # they are reached when training ends
         text = json.dumps([distill_fields(self.stage), moves])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -219,7 +218,7 @@ class DistillCallback(TrainerCallback):
         if data.get("recipe") != self._fingerprint(max_steps):
             raise CheckpointError(
                 f"{checkpoint} was written with another distillation (other fields of the stage, "
-                "or with alpha_end another number of steps): resume with the same recipe and "
+                "or with ends another number of steps): resume with the same recipe and "
                 "arguments, or start anew."
             )
         if self.inner is None:
@@ -239,7 +238,8 @@ class DistillCallback(TrainerCallback):
         for name, value in sorted(self.sums.items()):
             mean = sum_over_processes(value) / world / self.passes
             found[f"distill/{name}"] = round(float(mean), 6)
-        found["distill/alpha"] = self.alpha
+        found["distill/alpha"] = self.weights["alpha"]
+        found |= {f"distill/weight_of_{name}": self.weights[name] for name in self.stage.ends}
         logs.update(found)
         state.log_history[-1].update(found)
         self.sums, self.passes = {}, 0
@@ -273,7 +273,7 @@ class DistillCallback(TrainerCallback):
             )
         terms = {}
         stage = self.stage
-        if stage.logits:
+        if self.weights["logits"]:
             terms["logits"] = distillation_loss(logits, teacher, stage.temperature, counted, items)
         if self.inner is not None:
             share = 1.0 if items is None or counted is None else counted.sum() / items
@@ -285,8 +285,7 @@ class DistillCallback(TrainerCallback):
         return output
 
     def _check_loss(self, output: Any) -> None:
-        end = self.stage.alpha_end
-        least = self.stage.alpha if end is None else min(self.stage.alpha, end)
+        least = min(self.stage.alpha, self.stage.at(1.0)["alpha"])
         if output.get("loss") is None and least < 1:
             raise DataError(
                 f"DistillCallback: the model gave no loss of labels to mix with the teacher's, of "
@@ -302,11 +301,12 @@ class DistillCallback(TrainerCallback):
 
     def _mix(self, output: Any, terms: dict[str, Tensor]) -> None:
         """Put the mixed loss into the output, and note its parts."""
-        weighted = [getattr(self.stage, name) * value for name, value in terms.items()]
+        weighted = [self.weights[name] * value for name, value in terms.items()]
         # Without labels nothing else reaches the logits, and DDP waits for every gradient.
         labels = distribution(output).sum() * 0.0 if output.get("loss") is None else output.loss
         distilled = torch.stack(weighted).sum() if weighted else labels * 0.0
-        output["loss"] = (1 - self.alpha) * labels + self.alpha * distilled
+        alpha = self.weights["alpha"]
+        output["loss"] = (1 - alpha) * labels + alpha * distilled
         for name, value in {**terms, "labels": labels}.items():
             value = value.detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value

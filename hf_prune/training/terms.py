@@ -108,7 +108,7 @@ class InnerTerms:
         )
 
     def __call__(self, mask: Tensor) -> dict[str, Tensor]:
-        """The terms that have a weight, each a mean over real tokens, by name.
+        """The terms that have a weight at any time, each a mean over real tokens, by name.
 
         Args:
             mask: `[B, T]`, True for real tokens.
@@ -120,4 +120,4 @@ class InnerTerms:
             "attention": self._attention,
             "relations": self._relations,
         }
-        return {name: term(mask) for name, term in terms.items() if getattr(self.stage, name)}
+        return {name: term(mask) for name, term in terms.items() if self.stage.weighs(name)}

@@ -196,14 +196,39 @@ def test_without_labels_the_teacher_is_enough(tiny, inputs_for):
     torch.testing.assert_close(output["loss"].detach(), expected)
 
 
-def test_alpha_moves_in_a_straight_line(tiny, inputs_for, tmp_path):
-    callback = DistillCallback(tiny("bert"), alpha=1.0, alpha_end=0.2)
+def test_weights_move_in_straight_lines(tiny, inputs_for, tmp_path):
+    ends = {"alpha": 0.2, "hidden": 2.0, "logits": 0.0}
+    callback = DistillCallback(tiny("electra"), alpha=1.0, ends=ends)
     job = trainer(
         tiny("bert"), rows("bert", inputs_for), tmp_path, callback, max_steps=5, logging_steps=1
     )
     job.train()
-    found = [e["distill/alpha"] for e in job.state.log_history if "distill/alpha" in e]
-    assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    logs = [entry for entry in job.state.log_history if "distill/alpha" in entry]
+
+    def found(name):
+        return [entry.get(f"distill/{name}", 0.0) for entry in logs]
+
+    assert found("alpha") == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert found("weight_of_hidden") == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0])
+    assert found("weight_of_logits") == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    for entry in logs:  # what was logged adds up to the loss
+        alpha = entry["distill/alpha"]
+        parts = (
+            entry[f"distill/weight_of_{name}"] * entry.get(f"distill/{name}", 0.0)
+            for name in ("hidden", "logits")
+        )
+        whole = alpha * sum(parts) + (1 - alpha) * entry["distill/labels"]
+        assert entry["loss"] == pytest.approx(whole, abs=2e-4)
+
+
+def test_ends_are_checked(tiny):
+    with pytest.raises(ConfigError, match=r"alpha=1.5 is a share"):
+        DistillCallback(tiny("bert"), ends={"alpha": 1.5})
+    with pytest.raises(ConfigError, match="ends"):
+        DistillCallback(tiny("bert"), ends={"temperature": 1.0})
+    with pytest.raises(ConfigError, match="all distillation weights are 0"):
+        DistillCallback(tiny("bert"), logits=0.0)
+    assert DistillCallback(tiny("bert"), logits=0.0, ends={"relations": 1.0}).stage.inner
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -319,7 +344,7 @@ def test_a_missing_loss_is_an_error_in_training_only(tiny, inputs_for):
     teacher, student = tiny("bert"), still(tiny("bert"))
     batch = inputs_for("bert")
     del batch["labels"]
-    for fields in ({"alpha": 0.5}, {"alpha": 1.0, "alpha_end": 0.0}):
+    for fields in ({"alpha": 0.5}, {"alpha": 1.0, "ends": {"alpha": 0.0}}):
         callback = DistillCallback(teacher, **fields)
         callback._attach(student)
         student.eval()(**batch)

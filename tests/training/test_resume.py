@@ -209,14 +209,14 @@ def test_another_distillation_cannot_be_resumed(tiny, tmp_path):
         job = trainer(tiny("bert"), tmp_path / folder, callback(**fields), max_steps=STEPS + 2)
         job.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-6"))
 
-    for folder, fields in (("fixed", {}), ("moving", {"alpha_end": 0.2})):
+    for folder, fields in (("fixed", {}), ("moving", {"ends": {"alpha": 0.2}})):
         with pytest.raises(Killed):
             trainer(tiny("bert"), tmp_path / folder, callback(**fields), KillAt(7)).train()
     for fields in ({"alpha": 0.5}, {"temperature": 1.0}, {"hidden": 1.0}):
         with pytest.raises(CheckpointError, match="was written with another distillation"):
             resume("fixed", **fields)
     with pytest.raises(CheckpointError, match="another number of steps"):
-        resume("moving", alpha_end=0.2)
+        resume("moving", ends={"alpha": 0.2})
     resume("fixed")  # more steps change nothing in a distillation whose alpha stays
 
 
