@@ -32,6 +32,9 @@ class Arguments:
         default=None, metadata={"help": "Instead: a file of text, CoNLL, CSV or JSON."}
     )
     eval_file: str | None = field(default=None, metadata={"help": "The same, to measure on."})
+    general_file: str | None = field(
+        default=None, metadata={"help": "Texts without labels, a line each, for `data: texts`."}
+    )
     text_column: str | None = field(default=None, metadata={"help": "Column with the text."})
     label_column: str | None = field(default=None, metadata={"help": "Column with the answer."})
     train_split: str = field(default="train", metadata={"help": "Split to learn from."})

@@ -2,10 +2,11 @@
 
     accelerate launch scripts/distill_tinybert.py    # packaged teacher and data, offline
     accelerate launch scripts/distill_tinybert.py --augment_copies 4 \
-        --masked_model google-bert/bert-base-uncased
+        --masked_model google-bert/bert-base-uncased --general_file wikipedia.txt
 
-The recipe fine-tunes the teacher, makes a student of parts of it (or at random), and teaches it in
-two steps: what is inside, then what it predicts. With `--augment_copies` the student also learns
+The recipe fine-tunes the teacher, makes a student of parts of it (or at random), and teaches it
+language in general on texts without labels, then the task in two steps: what is inside, then what
+it predicts. With `--augment_copies` the student also learns
 from variants of each text. Source: Jiao et al. 2019, arXiv:1909.10351.
 """
 
@@ -17,7 +18,7 @@ from arguments import Arguments
 from datasets import DatasetDict
 from job import Job
 from launch import RECIPES, Packaged, launch
-from packaged import packaged_model
+from packaged import film_plots, packaged_model
 from prune_bert import NAMES, packaged_data
 from transformers import AutoModelForMaskedLM
 
@@ -72,5 +73,5 @@ def prepare(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    packaged = Packaged(packaged_model, packaged_data, NAMES)
+    packaged = Packaged(packaged_model, packaged_data, NAMES, film_plots)
     launch("distill_tinybert.py", TinyBertArguments, packaged, prepare)

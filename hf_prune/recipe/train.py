@@ -39,6 +39,9 @@ class Distill(Train):
 
     stage: Literal["distill"] = "distill"  # type: ignore[assignment]  # the tag differs, by design
     """Tells this stage from the others."""
+    data: Literal["task", "texts"] = "task"
+    """What is learned from: the training data, or `texts` without labels, as in the general
+    distillation of TinyBERT (arXiv:1909.10351), by the teacher alone: `alpha: 1`."""
     temperature: float = Field(default=2.0, gt=0)
     """Softens both distributions (Hinton et al. 2015, arXiv:1503.02531)."""
     alpha: float = Field(default=0.9, ge=0, le=1)
@@ -95,6 +98,8 @@ class Distill(Train):
             raise ValueError("all distillation weights are 0: set at least one, or alpha to 0")
         if self.ends.get("alpha", 0.0) > 1:
             raise ValueError(f"ends: alpha={self.ends['alpha']:g} is a share: at most 1")
+        if self.data == "texts" and min(self.at(end)["alpha"] for end in (0.0, 1.0)) < 1:
+            raise ValueError("data: texts has no labels to learn from: set alpha to 1")
         if self.teacher_logits is not None and (self.inner or self.teacher is not None):
             raise ValueError(
                 "teacher_logits holds logits only: set hidden, embeddings, attention and relations "

@@ -49,7 +49,7 @@ def _stage(fields: dict[str, Any]) -> Distill:
 
 def distill_fields(stage: Distill) -> dict[str, Any]:
     """The fields of a stage that are about the teacher: what `DistillCallback` takes."""
-    return stage.model_dump(exclude={*Train.model_fields, "teacher", "teacher_logits"})
+    return stage.model_dump(exclude={*Train.model_fields, "data", "teacher", "teacher_logits"})
 
 
 def distribution(output: Any) -> Tensor:
