@@ -18,6 +18,11 @@ class Gates:
     evaluation: dict[str, Tensor] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
+    def of(self, name: str, *, training: bool) -> Tensor | None:
+        """The gate of a site in training or in eval mode; None where it is open."""
+        gate = None if training else self.evaluation.get(name)
+        return self.values.get(name) if gate is None else gate
+
     def remove(self) -> None:
         """Take the hooks away: the model is as it was."""
         for handle in self.handles:

@@ -11,12 +11,18 @@ from hf_prune.sites import Site, find_module, find_sites, norms, readers
 
 
 def hidden_gate(model: PreTrainedModel, gates: Gates, site: Site) -> list[RemovableHandle]:
-    """Scale the channels wherever they are read. Norms know nothing of the closed ones."""
+    """Scale the channels wherever they are read. Norms know nothing of the closed ones.
+
+    A head that shares its weight with the embeddings only sees whether a gate of `[U]` is closed.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        gate = gates.values.get(site.name)
+        gate = gates.of(site.name, training=module.training)
         if gate is None or args[0].shape[-1] != site.units:
             return None
+        if gate.ndim == 1 and id(getattr(module, "weight", None)) in tables:
+            gate = gate.detach() > 0
         return (gated(args[0], gate.to(args[0])), *args[1:])
 
     fused = {item.module for item in site.slices if item.parameter} & {
@@ -38,7 +44,7 @@ def _norm_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableHan
     kept: list[tuple[dict[str, Any], Any, Tensor]] = []
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        gate = gates.values.get(site.name)
+        gate = gates.of(site.name, training=module.training)
         if gate is None or gate.ndim > 1 or bool(gate.all()):
             return None
         open_ = gate.nonzero().flatten().to(args[0].device)

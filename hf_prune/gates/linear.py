@@ -85,8 +85,7 @@ def linear_gate(module: nn.Module, gates: Gates, site: Site) -> list[RemovableHa
     expand, product, kept = _Wide(site.gate.width), _GatedWeight(), []
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        gate = None if module.training else gates.evaluation.get(site.name)
-        gate = gates.values.get(site.name) if gate is None else gate
+        gate = gates.of(site.name, training=module.training)
         if gate is None:
             return None
         inputs, weight = args[0], module.weight  # [..., U * D]

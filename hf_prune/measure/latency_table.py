@@ -4,7 +4,6 @@ The table holds the fixed costs of a forward pass too: embeddings, norms, head a
 calls. Without them a promised speed-up of 2 is measured as 1.6.
 """
 
-import copy
 import hashlib
 import json
 import logging
@@ -21,8 +20,9 @@ from transformers import PreTrainedModel
 from hf_prune.budget.levels import levels_of
 from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan, SitePlan
-from hf_prune.sites import ALL_KINDS, Site, find_sites
+from hf_prune.sites import ALL_KINDS, HIDDEN, QUERY_HEADS, Site, find_sites
 from hf_prune.surgery.remove import remove_units
+from hf_prune.surgery.shared import shared_copy
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +95,15 @@ def _grid(site: Site, empty: bool) -> list[int]:
 
 
 def shaped_like(model: PreTrainedModel, counts: Mapping[str, int]) -> PreTrainedModel:
-    """A model of the widths that keep so many units of each site, for timing only.
+    """A model of the widths that keep so many units of each site, to be timed and counted.
 
     It shares what is not narrowed with the given model, which is not changed: no weight is copied.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    shared = shared_copy(model)
+    kinds = (*ALL_KINDS, QUERY_HEADS, *({HIDDEN} & counts.keys()))
     sites = {
         site.name: SitePlan(site.kind, site.units, tuple(range(counts[site.name])))
-        for site in find_sites(model, ALL_KINDS)
+        for site in find_sites(model, kinds)
         if site.name in counts
     }
     remove_units(shared, Plan(model.config.model_type, sites))

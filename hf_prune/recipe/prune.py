@@ -111,10 +111,11 @@ class Prune(Model):
     arXiv:1712.01312, held to the target by a Lagrangian, arXiv:2204.00408)."""
     mask_learning_rate: float = Field(default=0.1, gt=0)
     """Of learned masks and, for `l0`, of the multipliers."""
-    coarse: tuple[Literal["layers", "blocks"], ...] = ()
-    """Of `l0`: further gates that multiply those of all units of a layer, or of an attention or
-    feed-forward block, so that it can go as a whole (arXiv:2204.00408). Needs `min_heads: 0` and
-    `min_neurons: 0`, where these units may go."""
+    coarse: tuple[Literal["layers", "blocks", "hidden"], ...] = ()
+    """Of `l0`: further gates (arXiv:2204.00408). Those of `layers` and `blocks` multiply the gates
+    of all units of a layer, or of an attention or feed-forward block, so that it can go as a whole;
+    they need `min_heads: 0` and `min_neurons: 0`, where these units may go. Those of `hidden` are
+    of the channels of the whole model's hidden width."""
     mask_penalty: float = Field(default=1.0, ge=0)
     """Of `soft_movement`: weight of the mean open gate in the loss, reached with the sparsity."""
 
@@ -190,7 +191,7 @@ class Prune(Model):
         if self.coarse and self.masks != "l0":
             raise ValueError("coarse gates are for masks: l0")
         least = {"heads": self.min_heads, "neurons": self.min_neurons}
-        if self.coarse and any(least.get(unit) for unit in self.units):
+        if {"layers", "blocks"} & set(self.coarse) and any(least.get(unit) for unit in self.units):
             raise ValueError("coarse gates close whole blocks: set min_heads and min_neurons to 0")
         if self.masks != "scored" and (gradual is None or not self.structural):
             raise ValueError("learned masks are for heads and neurons, and need a schedule")

@@ -313,8 +313,10 @@ class PruneCallback(TrainerCallback):
             gone += removed * site.parameters
             cost = unit_cost(site, "macs", self.stage.sequence_length)
             macs += (site.units - removed) * cost
-        result["prune/parameters"] = float(self.parameters - gone)
-        result["prune/macs"] = float(macs)
+        left = self.parameters - gone, macs
+        if isinstance(pruning, LearnedPruning) and pruning.left is not None:
+            left = pruning.left
+        result["prune/parameters"], result["prune/macs"] = map(float, left)
         if isinstance(pruning, LearnedPruning):
             result["prune/sparsity"] = pruning.sparsity
             result["prune/asked"] = pruning.target * pruning.share

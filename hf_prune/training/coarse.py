@@ -1,9 +1,9 @@
 """Coarse gates: of whole layers and blocks, which multiply the gates of all their units.
 
-Source: Xia et al. 2022, arXiv:2204.00408. Here a block is an attention or a feed-forward site;
-hidden width has no gate. Costs are tables over the number of units that stay, so the expected cost
-of a site is read at the expected number: exact where every unit costs the same, interpolated for
-measured times.
+Source: Xia et al. 2022, arXiv:2204.00408. Here a block is an attention or a feed-forward site; the
+hidden width is in `width`. Costs are tables over the number of units that stay, so the expected
+cost of a site is read at the expected number: exact where every unit costs the same, interpolated
+for measured times.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,13 +26,13 @@ def coarse_members(sites: Sequence[Site], groups: Sequence[str]) -> tuple[int, l
 
     Args:
         sites: from `find_sites`.
-        groups: `layers`, `blocks`, both or none.
+        groups: `layers`, `blocks`; `hidden` is passed over.
 
     Returns:
         The number of gates, and for each group `[U]` int64, counted from the first coarse gate.
     """
     count, members = 0, []
-    for group in groups:
+    for group in (name for name in groups if name != "hidden"):
         keys = dict.fromkeys(_key(site, group) for site in sites if not site.floor)
         places = {key: count + index for index, key in enumerate(keys)}
         each = [-1 if site.floor else places[_key(site, group)] for site in sites]

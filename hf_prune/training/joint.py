@@ -1,6 +1,5 @@
 """Heads and neurons, and single weights of what stays of them, in one training."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_prune.budget.selection import Selection
 from hf_prune.plan import Plan
 from hf_prune.surgery.remove import remove_units
+from hf_prune.surgery.shared import shared_copy
 from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.structure import State, StructuredPruning
 from hf_prune.training.zeros import WeightPruning
@@ -32,8 +32,7 @@ def survivors(model: PreTrainedModel, plan: Plan, names: Sequence[str]) -> dict[
     Returns:
         By name int64, in the shape that the parameter then has: positions in the flat one.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    probe = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    probe = shared_copy(model)
     for name in names:
         owner, _, last = name.rpartition(".")
         parameter = model.get_parameter(name)

@@ -1,9 +1,9 @@
 """Masks that are learned by gradient while a model trains: movement and hard-concrete gates.
 
-Each unit has one parameter, and with L0 each layer and block can have one too, whose gate
-multiplies those of its units. They live beside the model, and learn from the gradients of gates,
-which all processes share. At the end what stays is chosen by the solver, so that the cost that was
-asked for is met exactly, and the gates are plain 0 and 1.
+Each unit has one parameter. With L0 each layer and block can have one too, whose gate multiplies
+those of its units, and so can each channel of the hidden width. They live beside the model, and
+learn from the gradients of gates, which all processes share. At the end what stays is chosen by the
+solver, so that the cost that was asked for is met exactly, and the gates are plain 0 and 1.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,17 @@ from hf_prune.budget.solvers import get_solver
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import NumericsError
 from hf_prune.gates.gate import Gates, expand_gate
+from hf_prune.gates.hidden import hidden_gate
 from hf_prune.gates.plans import check_plan, plan_gates
 from hf_prune.recipe import Prune
-from hf_prune.sites import Site, base_model, logical_weight, projection
+from hf_prune.sites import HIDDEN, Site, base_model, logical_weight, projection
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.surgery.remove import remove_units
 from hf_prune.targets import Chooser
 from hf_prune.training import hard_concrete
 from hf_prune.training.aim import (
     make_chooser,
+    same_on_all_processes,
     select,
     selection_from_dict,
     selection_to_dict,
@@ -42,6 +44,14 @@ from hf_prune.training.coarse import (
     share_tables,
 )
 from hf_prune.training.structure import State, all_open, kept_by_kind, open_gates
+from hf_prune.training.width import (
+    counts_left,
+    fold_width_,
+    narrowed_chooser,
+    width_plan,
+    width_site,
+    with_width,
+)
 
 L0_START = 2.5
 """Of `log_alpha`: a gate is open in 98 of 100 steps."""
@@ -52,13 +62,15 @@ class LearnedPruning:
     """The state of a stage with learned masks in a running training.
 
     Attributes:
-        parameters: `[U + G]` of all units of all sites in a row, then of coarse gates: scores, or
-            `log_alpha`.
+        parameters: `[U + G + E]` of all units of all sites in a row, then of coarse gates, then of
+            channels: scores, or `log_alpha`.
         multipliers: `[2]`, of the Lagrangian, linear and square.
         share: of the final sparsity, that is asked for now.
         sparsity: fraction of the base that the gates are expected to remove (of the first goal).
         target: that fraction in the end, as it is asked for.
         settled: whether the last decision was taken.
+        width: the site of the hidden width, where its channels have gates.
+        left: parameters, and MACs in units, that a selection with channels leaves.
     """
 
     stage: Prune
@@ -73,6 +85,8 @@ class LearnedPruning:
     target: float = 0.0
     settled: bool = False
     selection: Selection | None = None
+    width: Site | None = None
+    left: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         get_solver(self.stage.solver)
@@ -83,14 +97,20 @@ class LearnedPruning:
         self.sites, chooser, self.gates = open_gates(model, self.stage, self.gates)
         self._aim(chooser)
         self.units = len(self.costs)
+        self.width = width_site(model) if "hidden" in self.stage.coarse else None
+        if self.width is not None:
+            self.gates.handles += hidden_gate(model, self.gates, self.width)
         count, self.members = coarse_members(self.sites, self.stage.coarse)
+        self.channels = self.units + count  # where those of channels begin
         start = L0_START if self.stage.masks == "l0" else 0.0
-        self.parameters = self.costs.new_full((self.units + count,), start)
+        total = self.channels + (self.width.units if self.width is not None else 0)
+        self.parameters = self.costs.new_full((total,), start)
         self.optimizer = torch.optim.Adam([self.parameters], lr=self.stage.mask_learning_rate)
         self.multipliers = torch.zeros(2, device=model.device)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.share, self.sparsity, self.settled, self.selection = 0.0, 0.0, False, None
-        self._set(torch.ones_like(self.costs))
+        self.share, self.sparsity, self.settled = 0.0, 0.0, False
+        self.selection = self.left = None
+        self._set(self._effective(torch.ones_like(self.parameters)))
 
     def _aim(self, chooser: Chooser) -> None:
         """Take the goals of a chooser: what each unit costs, and what is to go."""
@@ -106,15 +126,21 @@ class LearnedPruning:
         parts = values.split([site.units for site in self.sites])
         return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
 
+    def _by_site(self, values: Tensor) -> dict[str, Tensor]:
+        """Gates by site, of `[U + E]`."""
+        parts = self._split(values[: self.units])
+        return parts if self.width is None else {**parts, HIDDEN: values[self.units :]}
+
     def _set(self, values: Tensor) -> None:
         """Gates with these values; their gradient is what the parameters learn from."""
-        fresh = {k: v.detach().clone().requires_grad_() for k, v in self._split(values).items()}
+        fresh = {k: v.detach().clone().requires_grad_() for k, v in self._by_site(values).items()}
         self.gates.values = fresh
 
     def _effective(self, values: Tensor) -> Tensor:
-        """Gates (or probabilities) of units with those of their layers and blocks, `[U]`."""
-        fine, coarse = values[: self.units], values[self.units :]
-        return fine * coarse_product(coarse, self.members, self.units)
+        """Gates of units with those of their layers and blocks, then of channels, `[U + E]`."""
+        fine, coarse = values[: self.units], values[self.units : self.channels]
+        units = fine * coarse_product(coarse, self.members, self.units)
+        return torch.cat([units, values[self.channels :]])
 
     def before_step(self) -> None:
         """Draw new gates, where they are random; evaluation sees them without noise."""
@@ -125,10 +151,10 @@ class LearnedPruning:
         self.parameters.requires_grad_()
         self.drawn = self._effective(hard_concrete.sample(self.parameters, noise))
         self._set(self.drawn)
-        self.gates.evaluation = self._split(self._let_through())
+        self.gates.evaluation = self._by_site(self._let_through())
 
     def _let_through(self) -> Tensor:
-        """The gate of each unit without noise, `[U]`."""
+        """The gate of each unit and channel without noise, `[U + E]`."""
         return self._effective(hard_concrete.expected(self.parameters.detach()))
 
     def observe(self) -> None:
@@ -165,14 +191,18 @@ class LearnedPruning:
     def _expected_to_go(self) -> Tensor:
         """What gates are expected to remove, as a share of the total of each goal, `[goals]`."""
         probability = hard_concrete.open_probability(self.parameters)
-        coarse = coarse_product(probability[self.units :], self.members, self.units)
+        groups = probability[self.units : self.channels]
+        coarse = coarse_product(groups, self.members, self.units)
         opened, whole = self._split(probability[: self.units]), self._split(coarse)
-        return torch.stack(
+        removed = torch.stack(
             [
                 goal.prunable / goal.total - expected_share(tables, opened, whole)
                 for goal, tables in zip(self.chooser.goals, self.tables, strict=True)
             ]
         )
+        if self.width is None:
+            return removed
+        return 1 - probability[self.channels :].mean() * (1 - removed)
 
     @torch.no_grad()
     def _move(self, gradient: Tensor) -> None:
@@ -190,7 +220,7 @@ class LearnedPruning:
         """
         values = self.parameters.detach().double().cpu()
         if self.stage.masks == "l0":
-            scores = self._effective(hard_concrete.open_probability(values))
+            scores = self._effective(hard_concrete.open_probability(values))[: self.units]
         else:
             scores = torch.empty_like(values)
             for kind in {site.kind for site in self.sites}:
@@ -204,11 +234,23 @@ class LearnedPruning:
         with all_open(self.gates):
             return select(self.chooser, self._rankings(), share)
 
+    def _select_last(self) -> Selection:
+        """What stays in the end: channels first, then units within the goals."""
+        if self.width is None:
+            return self._select(1.0)
+        assert self.model is not None  # noqa: S101  # start() came first
+        opened = hard_concrete.open_probability(self.parameters.detach())[self.channels :]
+        plan = width_plan(self.width, self.stage, opened)
+        with all_open(self.gates):
+            chooser = narrowed_chooser(self.model, self.stage, len(plan.kept), self.chooser)
+            units = select(chooser, self._rankings(), 1.0)
+        return same_on_all_processes(with_width(units, plan, self.chooser))
+
     def decide(self, share: float) -> None:
         """Ask for `share` of the final sparsity; at 1 choose what stays, once and for all."""
         self.share = share
         if share >= 1:
-            self._settle(self._select(1.0))
+            self._settle(self._select_last())
         elif self.stage.masks != "l0":
             chosen = self._select(1.0 if self.stage.masks == "soft_movement" else share)
             self.selection = chosen
@@ -220,10 +262,14 @@ class LearnedPruning:
             self.sparsity = float(total)
 
     def _flat(self, selection: Selection) -> Tensor:
-        """A selection as 0 and 1, `[all units]`."""
+        """A selection as 0 and 1, `[U + E]`."""
         closed = plan_gates(selection.plan)
-        gates = [closed.get(site.name, torch.ones(site.units)) for site in self.sites]
+        gates = [closed.get(site.name, torch.ones(site.units)) for site in self._gated()]
         return torch.cat(gates).to(self.parameters.device)
+
+    def _gated(self) -> list[Site]:
+        """The sites of units, and that of the hidden width."""
+        return [*self.sites, *([] if self.width is None else [self.width])]
 
     @torch.no_grad()
     def _settle(self, selection: Selection) -> None:
@@ -235,9 +281,12 @@ class LearnedPruning:
         """Write what each gate lets through into the columns that it stands before."""
         assert self.model is not None  # noqa: S101  # start() came first
         base = base_model(self.model)
-        for site, gate in zip(self.sites, self._split(values).values(), strict=True):
+        units = self._split(values[: self.units])
+        for site, gate in zip(self.sites, units.values(), strict=True):
             weight = logical_weight(projection(base, site.gate.module))  # [E, U * D]
             weight.mul_(expand_gate(gate, site.gate.width))
+        if self.width is not None:
+            fold_width_(self.model, self.width, values[self.units :])
 
     def take(self, selection: Selection | None) -> None:
         """Hold to a selection: gates are 0 and 1, and no longer learn."""
@@ -246,8 +295,10 @@ class LearnedPruning:
         if selection is None:
             self.gates.values = {}
             return
-        self.gates.values = self._split(self._flat(selection))
+        self.gates.values = self._by_site(self._flat(selection))
         self.sparsity = selection.outcomes[0].removed / max(selection.outcomes[0].total, 1)
+        if self.width is not None and self.model is not None:
+            self.left = counts_left(self.model, self.stage, selection)
 
     def after_step(self) -> None:
         """Gates hold by themselves: nothing to do after the optimizer."""
@@ -264,10 +315,10 @@ class LearnedPruning:
     def kept(self) -> dict[str, int]:
         """Units whose gate is open now, by kind, for logs."""
         if self.settled or self.stage.masks != "l0":
-            return kept_by_kind(self.sites, self.selection)
-        gates = self._split(self._let_through())
+            return kept_by_kind(self._gated(), self.selection)
+        gates = self._by_site(self._let_through())
         result: dict[str, int] = {}
-        for site in self.sites:
+        for site in self._gated():
             opened = int((gates[site.name] > 0).sum())
             result[site.kind] = result.get(site.kind, 0) + opened
         return result
@@ -317,7 +368,7 @@ class LearnedPruning:
         self.share, self.sparsity = float(data["share"]), float(data["sparsity"])
         selection = selection_from_dict(data["selection"])
         if selection is not None:
-            check_plan(selection.plan, self.sites, self.model.config.model_type)
+            check_plan(selection.plan, self._gated(), self.model.config.model_type)
         if data["settled"]:
             self.take(selection)
         else:

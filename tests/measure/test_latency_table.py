@@ -126,6 +126,23 @@ def test_models_for_timing_share_what_is_not_narrowed(tiny):
     assert getattr(model.config, "quantization_config", None) is None
 
 
+@pytest.mark.parametrize("kind", ["query_heads", "hidden"])
+def test_models_for_timing_have_other_query_heads_and_channels(tiny, kind):
+    model, calls = tiny("llama"), []
+    sites = find_sites(model, (kind,))
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    narrow = shaped_like(model, {site.name: site.units // 2 for site in sites})
+    assert [s.units for s in find_sites(narrow, (kind,))] == [s.units // 2 for s in sites]
+    assert count_parameters(narrow) < count_parameters(model)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        narrow(ids)
+    assert not calls, "hooks are not of the model"
+    with torch.no_grad():
+        model(ids)
+    assert calls
+
+
 def test_is_read_back_and_depends_on_what_matters(tiny, clock, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
     model = tiny("bert")

@@ -23,10 +23,9 @@ def stage(masks="movement", **fields):
     return Prune(
         criterion="taylor",
         solver="global",
-        sparsity=0.5,
         masks=masks,
         schedule=Schedule(**schedule),
-        **fields,
+        **{"sparsity": 0.5, **fields},
     )
 
 

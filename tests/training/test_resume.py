@@ -93,6 +93,7 @@ KINDS = {
         sparsity=None,
         target={"macs": "0.6x", "parameters": "0.9x"},
     ),
+    "width": recipe(masks="l0", coarse=["hidden"], mask_learning_rate=0.5),
     "joint": joint(),
     "weights": recipe(units=["weights"], criterion="magnitude", solver="uniform"),
 }
