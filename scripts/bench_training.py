@@ -22,7 +22,7 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Schedule, Student, Target, Train
 from hf_prune.report.result import measure_stage
 
-METHODS = ("one_shot", "gradual", "movement", "l0", "l0_coarse")
+METHODS = ("one_shot", "gradual", "movement", "l0", "l0_coarse", "l0_hidden")
 SIZES = {"layers": 3, "hidden": 192, "heads": 6, "neurons": 768}
 """Of the student: half the depth and half the width of MiniLM-L6."""
 TEACHINGS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -94,6 +94,8 @@ def _prune(method: str, goal: dict[str, Any], length: int) -> Prune:
     common["masks"] = "l0" if learned else {"gradual": "scored", "movement": "movement"}[method]
     if method == "l0_coarse":
         common |= {"coarse": ("layers", "blocks"), "min_heads": 0, "min_neurons": 0}
+    if method == "l0_hidden":
+        common |= {"coarse": ("hidden",), "round_to": 8}
     schedule = Schedule(every=1 if learned else 5, end=0.6)
     rate = 0.3 if learned else 0.1
     return Prune(

@@ -11,6 +11,7 @@ python scripts/benchmark.py training-curves runs/training_curves.json
 python scripts/benchmark.py training-resume runs/training_resume.json
 python scripts/benchmark.py training-students runs/training_students.json
 python scripts/benchmark.py training-wnut17 runs/wnut17.json --data DIR
+python scripts/benchmark.py training-lm runs/training_lm.json --model DIR --text DIR
 python scripts/benchmark.py weights-lm runs/benchmark_weights_lm.json --model DIR --text DIR
 python scripts/benchmark.py weights-text runs/weights_text.json --model DIR --data NAME
 python scripts/benchmark.py weights-recovery runs/weights_recovery.json --model DIR --data NAME
@@ -23,6 +24,7 @@ python scripts/benchmark.py corners runs/corners.json --model DIR --data NAME
 import bench_corners
 import bench_curves
 import bench_loading
+import bench_recovery
 import bench_resume
 import bench_step
 import bench_structured
@@ -47,6 +49,7 @@ COMMANDS = {
     "training-resume": bench_resume.command,
     "training-students": bench_training.students,
     "training-wnut17": bench_words.command,
+    "training-lm": bench_recovery.command,
     "weights-lm": bench_weights.language_model,
     "weights-text": bench_weights_text.text,
     "weights-recovery": bench_weights_recovery.command,

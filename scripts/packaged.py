@@ -70,12 +70,12 @@ def _held_out(rows: list[dict[str, str]], seed: int) -> set[str]:
     return set(movies[: int(HELD_OUT * len(movies))])
 
 
-def film_plots(seed: int = 0) -> list[str]:
-    """The plots of the films that are learned from: texts without labels."""
+def film_plots(seed: int = 0, *, measured: bool = False) -> list[str]:
+    """Plots of films, texts without labels: of those to learn from, or of those measured on."""
     rows = _film_rows()
     held_out = _held_out(rows, seed)
     plots = [row for row in rows if row["category"] == "plot"]
-    return [row["text"] for row in plots if row["movie_name"] not in held_out]
+    return [row["text"] for row in plots if (row["movie_name"] in held_out) is measured]
 
 
 def rotten_tomatoes(seed: int = 0) -> DatasetDict:
