@@ -22,7 +22,8 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Schedule, Student, Target, Train
 from hf_prune.report.result import measure_stage
 
-METHODS = ("one_shot", "gradual", "movement", "l0", "l0_coarse", "l0_hidden")
+METHODS = ("one_shot", "calibrated", "gradual", "movement", "l0", "l0_coarse", "l0_hidden")
+"""`gradual` is scored by gradients of training, `calibrated` by the step of `one_shot`."""
 SIZES = {"layers": 3, "hidden": 192, "heads": 6, "neurons": 768}
 """Of the student: half the depth and half the width of MiniLM-L6."""
 TEACHINGS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -90,6 +91,9 @@ def _prune(method: str, goal: dict[str, Any], length: int) -> Prune:
     common: dict[str, Any] = {**goal, "sequence_length": length}
     if method == "one_shot":
         return Prune(**common)
+    if method == "calibrated":
+        schedule = Schedule(every=30, end=0.6)
+        return Prune(**common, schedule=schedule, calibration_samples=256, round_to=16)
     learned = method.startswith("l0")
     common["masks"] = "l0" if learned else {"gradual": "scored", "movement": "movement"}[method]
     if method == "l0_coarse":

@@ -57,6 +57,7 @@ from hf_prune.surgery.vocabulary_stage import (
 )
 from hf_prune.training.distill import distill_fields
 from hf_prune.training.lora import add_lora, merge_lora
+from hf_prune.training.structure import needs_calibration
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,9 @@ class Job:
         if isinstance(stage, Distill):
             callbacks.append(DistillCallback(self.teacher(stage), **distill_fields(stage)))
         if prunes:
-            gradual = PruneCallback(Recipe(seed=self.recipe.seed, stages=(*prunes, stage)))
+            known = self._examples(prunes[0]) if needs_calibration(prunes[0]) else ()
+            whole = Recipe(seed=self.recipe.seed, stages=(*prunes, stage))
+            gradual = PruneCallback(whole, calibration=known)
             callbacks.append(gradual)
         if self.masks and not stage.lora_rank:
             callbacks.append(KeepZeros(self.masks))
@@ -263,19 +266,23 @@ class Job:
         rows = self.data["train"].shuffle(seed=self.recipe.seed)
         return self.batches(rows.select(range(min(samples, len(rows)))), 32, "Calibrating")
 
+    def _examples(self, stage: Prune) -> Iterator[Batch]:
+        """What a stage is calibrated on; the report says how many examples."""
+        samples = max(stage.calibration_samples, stage.reconstruction_samples or 0)
+        self.report["calibration_samples"] = min(samples, len(self.data["train"]))
+        return self.calibration(samples)
+
     def prune(self, stage: Prune) -> None:
         """Prune the current model in one shot."""
-        samples = max(stage.calibration_samples, stage.reconstruction_samples or 0)
         one = self.recipe.model_copy(update={"stages": (stage,)})
         metric = self.score_for_floor if stage.floor is not None else None
-        batches, known = self.calibration(samples), self.arguments.experience
+        batches, known = self._examples(stage), self.arguments.experience
         result = compress(self.model, one, batches, metric=metric, experience=known)
         self.model = result.model
         self.plan = self.plan.then(result.plan.moved(self.layers))
         self._note_layers(result.layers)
         self.masks |= result.masks
         self.report["pruning"] += result.report["pruning"]
-        self.report["calibration_samples"] = min(samples, len(self.data["train"]))
 
     def _note_layers(self, layers: dict[str, str]) -> None:
         """Layers may have left their list: what is left has other names."""

@@ -87,7 +87,8 @@ class Prune(Model):
     sequence_length: int = Field(default=128, ge=1)
     """Tokens of the sequence whose MACs are counted."""
     reconstruct: bool = True
-    """Re-fit the output projections after removal (one-shot only)."""
+    """Re-fit the output projections after removal: in one shot, or with a schedule where every
+    decision is calibrated. Training does it otherwise."""
     reconstruction: Literal["sequential", "parallel"] = "sequential"
     """What a re-fit sees: what the pruned network really gives, so that it also repairs what
     earlier layers lost; or, all at once, the inputs in the network before this stage."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, Schedule, load_recipe
+from hf_prune.statistics.batches import Batch
 from hf_prune.training.aim import selection_from_dict, selection_to_dict
 from hf_prune.training.interrupt import Interrupt
 from hf_prune.training.joint import JointPruning
@@ -56,11 +57,20 @@ def _scheduled_stages(recipe: Recipe) -> tuple[Prune, ...]:
     return stages
 
 
-def _pruning(stages: tuple[Prune, ...], seed: int) -> Pruning:
+def _pruning(stages: tuple[Prune, ...], seed: int, calibration: Sequence[Batch]) -> Pruning:
     first = stages[0]
+    if calibration and (not first.structural or first.masks != "scored"):
+        raise ConfigError(
+            "calibration is for heads and neurons with masks: scored; single weights, and masks "
+            "that are learned, see the batches of training: leave it out."
+        )
     if not first.structural:
         return WeightPruning(first)
-    structure = (StructuredPruning if first.masks == "scored" else LearnedPruning)(first, seed)
+    structure: StructuredPruning | LearnedPruning
+    if first.masks == "scored":
+        structure = StructuredPruning(first, seed, calibration)
+    else:
+        structure = LearnedPruning(first, seed)
     return JointPruning(structure, WeightPruning(stages[1])) if stages[1:] else structure
 
 
@@ -107,6 +117,9 @@ class PruneCallback(TrainerCallback):
         recipe: a `Recipe`, its path or its data, with exactly one prune stage that has a schedule;
             or two, heads and neurons and then weights, which then tighten together.
         resume_from: folder of the checkpoint, when training resumes from another output folder.
+        calibration: batches, dicts of tensors, of the process. With them every decision is the step
+            of `compress`: any of its criteria, and output projections that are re-fitted. A run
+            that is resumed needs the same ones.
 
     Attributes:
         plan: what stays, once training has ended.
@@ -122,6 +135,8 @@ class PruneCallback(TrainerCallback):
         self,
         recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
         resume_from: "str | os.PathLike[str] | None" = None,
+        *,
+        calibration: Iterable[Batch] = (),
     ) -> None:
         loaded = load_recipe(recipe)
         self.stages = _scheduled_stages(loaded)
@@ -130,7 +145,7 @@ class PruneCallback(TrainerCallback):
         self.schedule: Schedule = self.stage.schedule
         self.seed = loaded.seed
         self.resume_from = resume_from
-        self.pruning = _pruning(self.stages, loaded.seed)
+        self.pruning = _pruning(self.stages, loaded.seed, list(calibration))
         self.interrupt = Interrupt()
         self._reset()
 

@@ -1,46 +1,17 @@
 """Heads and neurons, and single weights of what stays of them, in one training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.budget.selection import Selection
-from hf_prune.plan import Plan
-from hf_prune.surgery.remove import remove_units
-from hf_prune.surgery.shared import shared_copy
+from hf_prune.surgery.shared import survivors
 from hf_prune.training.learned import LearnedPruning
 from hf_prune.training.structure import State, StructuredPruning
 from hf_prune.training.zeros import WeightPruning
-
-
-@torch.no_grad()
-def survivors(model: PreTrainedModel, plan: Plan, names: Sequence[str]) -> dict[str, Tensor]:
-    """Which entries of some parameters stay when a plan is carried out.
-
-    Units are removed from a copy whose parameters hold their own positions, so this is true for
-    every layout; what is not named is shared with the model.
-
-    Args:
-        model: not changed.
-        plan: for its widths.
-        names: of parameters.
-
-    Returns:
-        By name int64, in the shape that the parameter then has: positions in the flat one.
-    """
-    probe = shared_copy(model)
-    for name in names:
-        owner, _, last = name.rpartition(".")
-        parameter = model.get_parameter(name)
-        positions = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
-        module = probe.get_submodule(owner)
-        module._parameters[last] = nn.Parameter(positions, requires_grad=False)
-    remove_units(probe, plan)
-    return {name: probe.get_parameter(name).long().to(model.device) for name in names}
 
 
 @dataclass

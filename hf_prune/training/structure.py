@@ -1,4 +1,7 @@
-"""Heads and neurons that go while a model trains: scores from its gradients, gates as masks."""
+"""Heads and neurons that go while a model trains: gates as masks, scores from its gradients.
+
+Or, where calibration examples are given, by the step of one-shot pruning (`calibrated`).
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from hf_prune.gates.gate import Gates
 from hf_prune.gates.plans import check_plan, plan_gates
 from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
+from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.collect import Statistics, sum_over_processes
 from hf_prune.statistics.score import score
 from hf_prune.surgery.remove import remove_units
@@ -32,6 +36,7 @@ from hf_prune.training.aim import (
     table_from_dict,
     table_to_dict,
 )
+from hf_prune.training.calibrated import narrowed, never_more, rank_what_is_left, refit_into_
 
 TRAINING_STATISTICS = {"gate_grad", "generator"}
 """What training itself provides. Other statistics need a calibration pass: use `compress`."""
@@ -76,12 +81,24 @@ def all_open(gates: Gates) -> Iterator[None]:
         gates.values, gates.evaluation = values, evaluation
 
 
+def needs_calibration(stage: Prune) -> bool:
+    """Whether a stage with a schedule needs more than the gradients of training."""
+    if not stage.structural or stage.masks != "scored":
+        return False
+    return bool(set(needs(get_criterion(stage.criterion))) - TRAINING_STATISTICS)
+
+
 @dataclass
 class StructuredPruning:
-    """The state of a structured stage in a running training."""
+    """The state of a structured stage in a running training.
+
+    Attributes:
+        calibration: examples, by which every decision is taken and re-fitted; none: by gradients.
+    """
 
     stage: Prune
     seed: int
+    calibration: Sequence[Batch] = ()
     model: PreTrainedModel | None = None
     sites: list[Site] = field(default_factory=list)
     chooser: Chooser | None = None
@@ -95,24 +112,32 @@ class StructuredPruning:
 
     def __post_init__(self) -> None:
         get_solver(self.stage.solver)
-        missing = set(needs(get_criterion(self.stage.criterion))) - TRAINING_STATISTICS
-        if missing:
+        if needs_calibration(self.stage) and not self.calibration:
+            missing = set(needs(get_criterion(self.stage.criterion))) - TRAINING_STATISTICS
             raise ConfigError(
                 f"criterion {self.stage.criterion!r} needs {sorted(missing)}, which training "
-                "does not provide. Use 'taylor', 'magnitude' or 'random' here, or prune in one "
-                "shot with compress()."
+                "does not provide. Pass calibration=batches to PruneCallback, or use 'taylor', "
+                "'magnitude' or 'random' here."
             )
 
         schedule = self.stage.schedule
         if schedule is not None and schedule.regrow and not self.needs_gradients():
             raise ConfigError(
-                f"regrow needs a criterion that reads gradients, by which closed gates are scored; "
-                f"{self.stage.criterion!r} does not. Use 'taylor', or leave regrow out."
+                "regrow needs a criterion that reads the gradients of training, by which closed "
+                f"gates are scored. {self.stage.criterion!r} does not, and with calibration "
+                "examples none does. Use 'taylor' without them, or leave regrow out."
             )
 
     def start(self, model: PreTrainedModel) -> None:
         """Find the sites and attach gates, all open."""
         self.model = model
+        if self.calibration:
+            self.calibration = take(
+                model,
+                self.calibration,
+                at_least=self.stage.min_calibration_samples,
+                at_most=max(self.stage.calibration_samples, self.stage.reconstruction_samples or 0),
+            )
         self.sites, self.chooser, self.gates = open_gates(model, self.stage, self.gates)
         self.sums, self.steps, self.overflows, self.last, self.selection = {}, 0, 0, {}, None
         self._set_gates()
@@ -123,8 +148,8 @@ class StructuredPruning:
         return schedule is not None and schedule.regrow and self.needs_gradients()
 
     def needs_gradients(self) -> bool:
-        """Whether the criterion reads gradients."""
-        return "gate_grad" in needs(get_criterion(self.stage.criterion))
+        """Whether the gradients of training are read."""
+        return not self.calibration and "gate_grad" in needs(get_criterion(self.stage.criterion))
 
     def before_step(self) -> None:
         """Gates hold from step to step."""
@@ -206,11 +231,27 @@ class StructuredPruning:
     def decide(self, share: float) -> None:
         """Choose what stays at `share` of the final sparsity, and close the other gates."""
         assert self.model is not None  # noqa: S101  # start() came first
+        if self.calibration:
+            self._decide_calibrated(self.model, share)
+            return
         rankings = score(
             self.model, self.sites, self.stage.criterion, self._statistics(), self.seed
         )
         self.take(self._select(rankings, share))
         self.sums, self.steps, self.overflows = {}, 0, 0
+
+    def _decide_calibrated(self, model: PreTrainedModel, share: float) -> None:
+        """Take the step of one-shot pruning from what has gone so far."""
+        assert self.chooser is not None  # noqa: S101  # start() came first
+        before = None if self.selection is None else self.selection.plan
+        left = narrowed(model, before)
+        rankings = rank_what_is_left(
+            left, self.sites, before, self.stage, self.calibration, self.seed
+        )
+        chosen = never_more(self._select(rankings, share), before, rankings, self.chooser)
+        if self.stage.reconstruct:
+            refit_into_(model, left, before, chosen.plan, self.stage, self.calibration)
+        self.take(chosen)
 
     def _select(self, rankings: Mapping[str, Ranking], share: float) -> Selection:
         assert self.chooser is not None  # noqa: S101  # start() came first

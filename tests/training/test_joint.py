@@ -7,7 +7,7 @@ from test_resume import joint, trainer
 from hf_prune import KeepZeros, PruneCallback, remove_units
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import count_to_remove
-from hf_prune.training.joint import survivors
+from hf_prune.surgery.shared import survivors
 from hf_prune.weights.find import find_weights
 
 
