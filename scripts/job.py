@@ -6,7 +6,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from datasets import Dataset, DatasetDict
 from general import general_rows, read_general
 from packaged import strip_quantizer
 from tasks import TASKS
+from timing import time_stages
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -43,11 +43,9 @@ from hf_prune import (
     prepare_trainer,
 )
 from hf_prune.errors import DataError
-from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Student, Train, Vocabulary
 from hf_prune.report.result import measure_stage, new_report
-from hf_prune.statistics.processes import of_the_main_process
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.vocabulary import count_tokens
 from hf_prune.surgery.vocabulary_stage import (
@@ -374,27 +372,8 @@ class Job:
         )
 
     def time(self) -> None:
-        """Latency of all stages, in turn, on the main process while the others wait."""
+        """Latency of all stages, in turn."""
         assert self.dense is not None  # noqa: S101  # the recipe prunes something
         models = {"dense": self.dense, "pruned": self.pruned, "recovered": self.model}
         present = {n: m for n, m in models.items() if m is not None and n in self.report["stages"]}
-        a = self.arguments
-        latency: dict[str, Any] = {
-            "batch_size": a.latency_batch_size,
-            "sequence_length": a.latency_tokens,
-            "rounds": a.latency_rounds,
-        }
-        for size, key in ((a.latency_batch_size, "latency_ms"), (1, "latency_ms_batch_1")):
-            rounds = a.latency_rounds * (1 if size > 1 else 4)
-            measure = partial(
-                compare_latency,
-                present,
-                batch_size=size,
-                sequence_length=a.latency_tokens,
-                rounds=rounds,
-            )
-            times = of_the_main_process(measure)
-            for name, item in times.items():
-                self.report["stages"][name][key] = item.median_ms
-                latency.setdefault(name, {})[f"batch_{size}"] = item.to_dict()
-        self.report["latency"] = latency
+        self.report["latency"] = time_stages(present, self.arguments, self.report["stages"])
