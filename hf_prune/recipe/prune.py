@@ -81,7 +81,8 @@ class Prune(Model):
     calibration_samples: int = Field(default=512, ge=1)
     """Examples to use at most."""
     projections: int = Field(default=1, ge=1)
-    """Random projections of each example's logits; each costs one backward pass."""
+    """Random projections of each example's logits, or draws from what the model predicts, where the
+    criterion has them; each costs one backward pass."""
     min_calibration_samples: int = Field(default=8, ge=1)
     """Fewer examples than this are refused: scores would be noise."""
     sequence_length: int = Field(default=128, ge=1)
