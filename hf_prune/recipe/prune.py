@@ -102,8 +102,8 @@ class Prune(Model):
     """Examples for the re-fit; as many as `calibration_samples`, if not given. More help from about
     85 % sparsity on."""
     search_trials: int = Field(default=0, ge=0)
-    """Networks of other widths that are built, re-fitted and judged before the plan is final. Helps
-    where most of the model goes, from about 85 % sparsity on."""
+    """Networks of other widths that an evolutionary search builds, re-fits and judges before the
+    plan is final. Helps where most of the model goes, from about 85 % sparsity on."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
     masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"

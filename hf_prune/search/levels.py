@@ -1,7 +1,8 @@
 """Refining the widths: an evolutionary search on what the pruned and re-fitted network really does.
 
 The errors of sites add up only to first order. When most of a model goes, they do not: then a
-network of slightly other widths is built, re-fitted on a few examples, and judged on others.
+network of slightly other widths is built, re-fitted on a few examples, and judged on others. The
+best of them are changed further, and crossed with each other.
 """
 
 import copy
@@ -35,6 +36,13 @@ MAX_STEPS = 4
 """Levels by which a site is narrowed in one step at most."""
 MAX_DRAWS = 50
 """How often a change is drawn that the budget allows, before the search ends."""
+GROWTH = 8
+"""Trials in which the best widths so far are changed, before others are chosen and crossed."""
+SURVIVORS = 6
+"""Widths that may be changed and crossed: the best of all that were judged."""
+
+Widths = dict[str, int]
+"""By site, how many units stay."""
 
 
 @torch.no_grad()
@@ -54,7 +62,12 @@ def logits_on(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
 
 @dataclass
 class LevelSearch:
-    """Widths that change a little at a time, within all goals, as long as the logits get closer.
+    """An evolution of widths within all goals, judged by how close the logits stay.
+
+    One child at a time joins those that were judged, and the `SURVIVORS` best of them can be its
+    parents: a (mu + 1) strategy with tournaments of two. A child is a parent of which one site is
+    narrowed and another widened; or, once there is something to cross, takes each site from one of
+    two parents, or halfway between them. None is judged twice.
 
     Attributes:
         model: to be pruned; not changed.
@@ -64,6 +77,12 @@ class LevelSearch:
         goals: never exceeded.
         batches: calibration batches, split into those that are fitted and those that judge.
         seed: of the changes.
+        trials: what was judged, the start first: its `error`, 1 in `accepted` where that was the
+            least so far, and 1 in `crossed` where it had two parents.
+
+    Source: evolution by tournaments, Real et al. 2017, arXiv:1703.01041; a search over the levels
+        around what dynamic programming gives, Frantar and Alistarh 2022, arXiv:2201.13096. The
+        repair of crossed widths is ours.
     """
 
     model: PreTrainedModel
@@ -122,7 +141,13 @@ class LevelSearch:
     def _fits(self, counts: Mapping[str, int]) -> bool:
         return all(goal.spent(counts) <= goal.budget for goal in self.goals)
 
-    def change(self, counts: Mapping[str, int]) -> dict[str, int] | None:
+    def _widest(self, counts: Mapping[str, int], name: str, most: int) -> int:
+        """The widest level of a site that the goals allow beside all others, up to `most`."""
+        wider = [level for level in self.levels[name] if counts[name] < level <= most]
+        fits = [level for level in wider if self._fits({**counts, name: level})]
+        return fits[-1] if fits else counts[name]
+
+    def change(self, counts: Mapping[str, int]) -> Widths | None:
         """Narrow one site, and widen another as far as the goals allow; None if nothing fits."""
         names = [site.name for site in self.sites]
         for _ in range(MAX_DRAWS):
@@ -132,28 +157,77 @@ class LevelSearch:
             if less == more or down < 0:
                 continue
             narrowed = {**counts, less: self.levels[less][down]}
-            wider = [level for level in self.levels[more] if level > counts[more]]
-            fits = [level for level in wider if self._fits({**narrowed, more: level})]
-            if fits:
-                return {**narrowed, more: fits[-1]}
+            widest = self._widest(narrowed, more, self.levels[more][-1])
+            if widest > counts[more]:
+                return {**narrowed, more: widest}
         return None
 
-    def run(self, counts: Mapping[str, int], trials: int) -> dict[str, int]:
+    def _between(self, name: str, one: int, two: int) -> int:
+        """The level of one parent, of the other, or the one in the middle."""
+        levels = self.levels[name]
+        middle = levels[(levels.index(one) + levels.index(two)) // 2]
+        return (one, two, middle)[self._draw(3)]
+
+    def cross(self, one: Mapping[str, int], two: Mapping[str, int]) -> Widths | None:
+        """Each site as in one of two parents, or halfway between them; then brought to the goals.
+
+        Where it exceeds a goal, sites are narrowed to the narrower parent, in random order; then
+        they are widened in the opposite order, as far as goals and the wider parent allow. None if
+        the goals do not even allow the narrower parent everywhere.
+        """
+        child = {name: self._between(name, one[name], two[name]) for name in one}
+        differ = [name for name in one if one[name] != two[name]]
+        order = torch.randperm(len(differ), generator=self.generator).tolist()
+        names = [differ[index] for index in order]
+        for name in names:
+            if self._fits(child):
+                break
+            child[name] = min(one[name], two[name])
+        if not self._fits(child):
+            return None
+        for name in reversed(names):
+            child[name] = self._widest(child, name, max(one[name], two[name]))
+        return child
+
+    def _parent(self, judged: Sequence[tuple[float, Widths]]) -> Widths:
+        """The better of two survivors that are drawn."""
+        count = min(len(judged), SURVIVORS)
+        return judged[min(self._draw(count), self._draw(count))][1]
+
+    def _child(self, judged: Sequence[tuple[float, Widths]]) -> tuple[Widths | None, bool]:
+        """Widths that nobody has judged, and whether they are crossed; None if none are found."""
+        known = [widths for _, widths in judged]
+        for _ in range(MAX_DRAWS):
+            crossed = False
+            if len(judged) <= GROWTH:
+                child = self.change(judged[0][1])
+            elif crossed := bool(self._draw(2)):
+                child = self.cross(self._parent(judged), self._parent(judged))
+            else:
+                child = self.change(self._parent(judged))
+            if child is not None and child not in known:
+                return child, crossed
+        return None, False
+
+    def run(self, counts: Mapping[str, int], trials: int) -> Widths:
         """The best widths found from some widths on, in a number of trials.
 
         Args:
             counts: by site, where the search starts.
-            trials: networks that are built and judged.
+            trials: networks that are built and judged, beside the first one.
         """
-        best, least = dict(counts), self.error(counts)
-        self.trials.append({"error": least, "accepted": 1.0})
+        judged = [(self.error(counts), dict(counts))]
+        self.trials.append({"error": judged[0][0], "accepted": 1.0, "crossed": 0.0})
         for _ in range(trials):
-            candidate = self.change(best)
-            if candidate is None:
+            child, crossed = self._child(judged)
+            if child is None:
                 break
-            error = self.error(candidate)
-            self.trials.append({"error": error, "accepted": float(error < least)})
-            if error < least:
-                best, least = candidate, error
-        logger.info("level search: %.3e -> %.3e", self.trials[0]["error"], least)
-        return best
+            error = self.error(child)
+            accepted = error < judged[0][0]
+            self.trials.append(
+                {"error": error, "accepted": float(accepted), "crossed": float(crossed)}
+            )
+            judged.append((error, child))
+            judged.sort(key=lambda pair: pair[0])  # stable: the earlier one first
+        logger.info("level search: %.3e -> %.3e", self.trials[0]["error"], judged[0][0])
+        return judged[0][1]
