@@ -27,8 +27,9 @@ from hf_prune.surgery.remove import remove_units
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS = 4
-"""Levels by which a site is narrowed in one step at most."""
+LARGEST_STEP = 1 / 6
+"""The share of its levels by which a site is narrowed in one step at most, and at least by one: two
+heads of twelve, or as many neurons as cost about the same."""
 MAX_DRAWS = 50
 """How often a change is drawn that the budget allows, before the search ends."""
 GROWTH = 8
@@ -107,8 +108,8 @@ class LevelSearch:
         names = [site.name for site in self.sites]
         for _ in range(MAX_DRAWS):
             less, more = names[self._draw(len(names))], names[self._draw(len(names))]
-            at = self.levels[less].index(counts[less])
-            down = at - 1 - self._draw(MAX_STEPS)
+            most = max(1, round(LARGEST_STEP * len(self.levels[less])))
+            down = self.levels[less].index(counts[less]) - 1 - self._draw(most)
             if less == more or down < 0:
                 continue
             narrowed = {**counts, less: self.levels[less][down]}
