@@ -165,12 +165,21 @@ def test_the_judge_is_not_fitted(tiny, inputs_for, monkeypatch):
         used.append(sorted(rows(batches)))
         return plain(model, stage, batches, seed)
 
+    refitted = []
+    once = __import__("hf_prune.split", fromlist=["prune_once"]).prune_once
+
+    def watch_units(analysis, stage):
+        refitted.append(sorted(rows(analysis.dense_targets().batches)))
+        return once(analysis, stage)
+
     monkeypatch.setattr("hf_prune.split.prune_stage_", watch)
+    monkeypatch.setattr("hf_prune.split.prune_once", watch_units)
     stage = load_recipe({"stages": [{**STAGE, "sparsity": 0.5}]}).prune_stages[0]
     prune_jointly(model, stage, batches, 0, dense=model)
     assert len(used) >= SPLITS
     assert used[0] == sorted(rows(judge.fitted))
     assert used[-1] == sorted(rows(batches)), "in the end nothing is left out"
+    assert refitted[0] == sorted(rows(judge.fitted))
 
 
 @settings(max_examples=60, deadline=None)
