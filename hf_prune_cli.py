@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import click
 
@@ -131,33 +131,37 @@ def vocabulary(
 
 @main.command()
 @click.argument("model_name_or_path")
-@click.argument("text", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file to write.")
 @click.option("--criteria", default="kfac_obs,fisher,magnitude", show_default=True)
-@click.option("--max-samples", default=128, show_default=True, help="Lines of the text, at most.")
+@click.option("--text-column", default="text", show_default=True, help="Column of a table.")
+@click.option("--label-column", help="Column of a table, of the class: its number or its name.")
+@click.option("--max-samples", default=128, show_default=True, help="Lines or rows, at most.")
 @click.option("--max-length", default=128, show_default=True, help="Tokens of a line, at most.")
 @_explained
 def analyze(
     model_name_or_path: str,
-    text: Path,
+    file: Path,
     out: Path | None,
     criteria: str,
-    max_samples: int,
-    max_length: int,
+    **options: Any,
 ) -> None:
-    """Show how sensitive every site of a model is. TEXT has one example a line."""
+    """Show how sensitive every site of a model is.
+
+    FILE has one example a line, or is a table (.csv, .tsv, .json, .jsonl, .parquet). With
+    --label-column, of a classifier, loss and accuracy are shown beside the change of the logits.
+    """
     from rich.console import Console
 
     from hf_prune.analysis import analyse_file
-    from hf_prune.report.sensitivity import sensitivity_table
+    from hf_prune.report.sensitivity import sensitivity_tables
 
     names = tuple(name.strip() for name in criteria.split(",") if name.strip())
-    found = analyse_file(
-        model_name_or_path, text, names, max_samples=max_samples, max_length=max_length
-    )
+    found = analyse_file(model_name_or_path, file, names, **options)
     if out is not None:
         out.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
-    Console().print(sensitivity_table(found))
+    for table in sensitivity_tables(found):
+        Console().print(table)
 
 
 @main.command()

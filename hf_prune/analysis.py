@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.errors import ConfigError, DataError
+from hf_prune.errors import ConfigError
 from hf_prune.gates.attach import attach_gates
 from hf_prune.sites import Site, find_sites
 from hf_prune.statistics.batches import (
@@ -30,9 +30,12 @@ from hf_prune.statistics.collect import collect, sum_over_processes
 from hf_prune.statistics.projection import logits_of
 from hf_prune.statistics.score import score
 from hf_prune.statistics.streams import in_eval
+from hf_prune.statistics.texts import class_numbers, read_examples
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.9)
 """Shares of a site's units that are masked."""
+BATCH = 16
+"""Examples of a file that run at once."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Sensitivity:
         scores: by criterion and site, what each unit's removal adds in the criterion's order, by
             unit.
         agreement: by two criteria, the mean over sites of the rank correlation of their orders.
+        dense: what `loss` and `accuracy` are where nothing is masked.
     """
 
     criterion: str
@@ -56,6 +60,7 @@ class Sensitivity:
     curves: dict[str, dict[str, list[float]]]
     scores: dict[str, dict[str, list[float]]]
     agreement: dict[str, dict[str, float]]
+    dense: dict[str, float]
 
     def to_dict(self) -> dict[str, object]:
         """As JSON."""
@@ -65,6 +70,7 @@ class Sensitivity:
             "curves": self.curves,
             "scores": self.scores,
             "agreement": self.agreement,
+            "dense": self.dense,
         }
 
 
@@ -106,11 +112,37 @@ def _compare(dense: Tensor, masked: Tensor) -> Tensor:
     return torch.stack([kl.double().sum(), error.double().sum(), count])
 
 
-def _loss(model: PreTrainedModel, batch: Batch, output: Any) -> Tensor:
-    """The loss of a batch, times the labels that it is a mean over, and their number, `[2]`."""
-    count = counted_positions(model, batch["labels"]).sum().double()
+def _told(model: PreTrainedModel, batch: Batch, output: Any) -> Tensor:
+    """What labels say of an output, `[4]`: a loss and its labels, right answers and all of them.
+
+    The loss is times the labels that it is a mean over. Only classifiers have right answers.
+    """
+    labels = batch["labels"]
+    count = counted_positions(model, labels).sum().double()
     total = output.loss.double() * count if count else torch.zeros_like(count)
-    return torch.stack([total, count])
+    right = judged = torch.zeros_like(count)
+    if _classifies(model, labels, output):
+        counted = labels != -100
+        judged = counted.sum().double()
+        right = ((output.logits.argmax(dim=-1) == labels) & counted).sum().double()
+    return torch.stack([total, count, right, judged])
+
+
+def _classifies(model: PreTrainedModel, labels: Tensor, output: Any) -> bool:
+    """Whether each label is one of several classes, and not a token, a number or a span."""
+    logits = getattr(output, "logits", None)
+    if logits is None or model.get_output_embeddings() is not None or labels.is_floating_point():
+        return False
+    return bool(logits.shape[:-1] == labels.shape and logits.shape[-1] > 1)
+
+
+def _means(sums: Tensor) -> dict[str, list[float]]:
+    """Loss and accuracy by fraction, where there are any, of the sums of `_told`, `[n, 4]`."""
+    found = {}
+    for name, at in (("loss", 0), ("accuracy", 2)):
+        if bool((sums[:, at + 1] > 0).all()):
+            found[name] = (sums[:, at] / sums[:, at + 1]).tolist()
+    return found
 
 
 @torch.no_grad()
@@ -120,40 +152,41 @@ def _curves(
     rankings: dict[str, Ranking],
     batches: Sequence[Batch],
     fractions: Sequence[float],
-) -> dict[str, dict[str, list[float]]]:
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
+    """The curves of each site, and what labels say of the dense model."""
     labelled = all("labels" in batch for batch in batches)
-    shape = len(sites), len(fractions), 5
+    shape = len(sites), len(fractions), 7
     sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
+    whole = torch.zeros(1, 4, dtype=torch.float64, device=model.device)
     gates = attach_gates(model, sites)
     try:
         for batch in batches:
             batch = to_device(batch, model.device)
             kwargs, mask = forward_kwargs(model, batch, labels=labelled), token_mask(model, batch)
-            dense = _tokens(logits_of(model(**kwargs)).float(), mask)
+            given = model(**kwargs)
+            dense = _tokens(logits_of(given).float(), mask)
+            if labelled:
+                whole[0] += _told(model, batch, given)
             for row, site in zip(sums, sites, strict=True):
-                ranking = rankings[site.name]
                 for index, fraction in enumerate(fractions):
-                    gone = ranking.order[: round(fraction * site.units)]
                     gate = torch.ones(site.units, device=model.device)
-                    gate[gone] = 0.0
+                    gate[rankings[site.name].order[: round(fraction * site.units)]] = 0.0
                     gates.values = {site.name: gate}
                     output = model(**kwargs)
-                    found = _compare(dense, _tokens(logits_of(output).float(), mask).to(dense))
-                    row[index, :3] += found
+                    masked = _tokens(logits_of(output).float(), mask).to(dense)
+                    row[index, :3] += _compare(dense, masked)
                     if labelled:
-                        row[index, 3:] += _loss(model, batch, output)
+                        row[index, 3:] += _told(model, batch, output)
                 gates.values = {}
     finally:
         gates.remove()
+    every = sum_over_processes(torch.cat([sums.flatten(), whole.flatten()])).cpu()
     curves = {}
-    for site, total in zip(sites, sum_over_processes(sums).cpu(), strict=True):
-        curves[site.name] = {
-            "kl": (total[:, 0] / total[:, 2]).tolist(),
-            "logit_error": (total[:, 1] / total[:, 2]).tolist(),
-        }
-        if labelled:
-            curves[site.name]["loss"] = (total[:, 3] / total[:, 4]).tolist()
-    return curves
+    for site, total in zip(sites, every[:-4].view(shape), strict=True):
+        kl, logit_error = ((total[:, at] / total[:, 2]).tolist() for at in (0, 1))
+        curves[site.name] = {"kl": kl, "logit_error": logit_error, **_means(total[:, 3:])}
+    told = _means(every[-4:].view(1, 4))
+    return curves, {name: values[0] for name, values in told.items()}
 
 
 def analyse_sensitivity(
@@ -195,54 +228,59 @@ def analyse_sensitivity(
         for one in criteria
     }
     with in_eval(model):
-        curves = _curves(model, sites, rankings[criteria[0]], batches, fractions)
+        curves, dense = _curves(model, sites, rankings[criteria[0]], batches, fractions)
     scores = {
         name: {site: _by_unit(ranking) for site, ranking in each.items()}
         for name, each in rankings.items()
     }
-    return Sensitivity(criteria[0], tuple(fractions), curves, scores, agreement)
+    return Sensitivity(criteria[0], tuple(fractions), curves, scores, agreement, dense)
 
 
 def analyse_file(
     model: "str | os.PathLike[str]",
-    text: Path,
+    file: Path,
     criteria: Sequence[str],
     *,
+    text_column: str = "text",
+    label_column: str | None = None,
     max_samples: int = 128,
     max_length: int = 128,
 ) -> Sensitivity:
-    """The sensitivity of a saved model on a text file with one example a line.
+    """The sensitivity of a saved model on a text file with one example a line, or on a table.
 
     Args:
         model: folder or Hub name, with a tokenizer; loaded as the class that it was saved from.
-        text: UTF-8; empty lines are skipped.
-        criteria: as in `analyse_sensitivity`. There are no labels, but for language models.
-        max_samples: lines to use at most.
+        file: UTF-8 text, of which empty lines are skipped; or a table, by its name: `.csv`, `.tsv`,
+            `.json`, `.jsonl` or `.parquet`.
+        criteria: as in `analyse_sensitivity`. Language models have their tokens for labels.
+        text_column: of a table.
+        label_column: of a table, for classifiers: numbers of classes, or their names in the config;
+            for models of one number, that number.
+        max_samples: lines to use at most, the first ones; or rows, from all over the table.
         max_length: tokens of a line at most.
 
     Raises:
-        DataError: when the text has no line.
-        ConfigError: when transformers does not have the class that the model was saved from.
+        ConfigError: when labels are named that file or model do not have; or transformers does not
+            have the class that the model was saved from.
+        DataError: when there is no text, or a label that the model does not know.
     """
-    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{text} has no line of text.")
+    texts, values = read_examples(file, text_column, label_column, max_samples)
     names = AutoConfig.from_pretrained(model).architectures or ["none"]
     loader = getattr(transformers, names[0], None)
     if loader is None:
         raise ConfigError(f"{model} was saved from {names[0]}, which transformers does not have.")
     loaded: PreTrainedModel = loader.from_pretrained(model)
+    labels = None if values is None else class_numbers(loaded, values)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    options = {"truncation": True, "max_length": max_length, "padding": True}
     batches = []
-    for start in range(0, min(len(lines), max_samples), 16):
-        part = lines[start : min(start + 16, max_samples)]
-        batch = dict(
-            tokenizer(
-                part, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-            )
-        )
-        if loaded.get_output_embeddings() is not None:
+    for start in range(0, len(texts), BATCH):
+        part = slice(start, start + BATCH)
+        batch = dict(tokenizer(texts[part], return_tensors="pt", **options))
+        if labels is not None:
+            batch["labels"] = labels[part]
+        elif loaded.get_output_embeddings() is not None:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         batches.append(batch)
     return analyse_sensitivity(loaded, batches, criteria)

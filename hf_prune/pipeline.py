@@ -17,15 +17,14 @@ from hf_prune.recipe import Prune, Recipe, Vocabulary, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.search.experience import Experience
 from hf_prune.sites import HIDDEN, find_sites
+from hf_prune.split import prune_jointly, prune_weights
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.score import check_weights
-from hf_prune.surgery.dead import remove_dead_
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
 from hf_prune.surgery.vocabulary_stage import narrow_masks, prune_vocabulary_stage, texts_of
-from hf_prune.training.polish import polish_
-from hf_prune.weights.masks import Masks, count_kept
-from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
+from hf_prune.weights.masks import Masks
+from hf_prune.weights.stage import check_weight_stage, needs_data
 
 LENGTH = 32
 """Tokens of the sequence whose MACs are counted where no stage says it."""
@@ -43,11 +42,15 @@ def check_stages(recipe: Recipe) -> None:
         if stage.structural:
             get_criterion(stage.criterion)
             check_solver(stage)
-        else:
+        if stage.joint:
+            check_weight_stage(stage.weights_part(0.0))
+        elif not stage.structural:
             check_weight_stage(stage)
 
 
 def _needs_data(stage: Prune) -> bool:
+    if stage.joint:  # at least to judge by
+        return True
     if not stage.structural:
         return needs_data(stage)
     statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
@@ -68,22 +71,6 @@ def _calibration(
             max(stage.calibration_samples, stage.reconstruction_samples or 0) for stage in stages
         ),
     )
-
-
-def _prune_weights(
-    model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int, masks: Masks
-) -> tuple[Plan, Masks, dict[str, Any]]:
-    steps = stage.single.polish_steps
-    before = copy.deepcopy(model) if steps else model
-    result, entry = prune_stage_(model, stage, batches, seed)
-    if steps:
-        entry["polish"] = polish_(model, before, batches, steps=steps)
-    masks = {**masks, **result.masks}
-    dead = Plan(model.config.model_type)
-    if stage.single.remove_dead and batches:
-        dead, masks = remove_dead_(model, batches[0], masks)
-        entry["dead_units"] = sum(len(site.removed) for site in dead.sites.values())
-    return Plan(model.config.model_type, dead.sites, count_kept(masks)), masks, entry
 
 
 def _check(
@@ -125,18 +112,22 @@ def _all_stages(
     pruned = aim = model
     plan, masks = Plan(model.config.model_type), Masks()
     for stage in recipe.prune_stages:
-        if stage.structural:
+        if stage.joint:
+            both = prune_jointly(pruned, stage, batches, recipe.seed, dense=aim)
+            pruned, step, masks, entries = both.model, both.plan, both.masks, both.entries
+        elif stage.structural:
             narrows = HIDDEN in stage.units
             goal = pruned if narrows else aim
             analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal)
             done = prune_once(analysis, stage, *search)
-            pruned, step, entry = done.model, done.decision.selection.plan, done.entry
+            pruned, step, entries = done.model, done.decision.selection.plan, [done.entry]
             aim = copy.deepcopy(pruned) if narrows else aim
         else:
             pruned = copy.deepcopy(model) if pruned is model else pruned
-            step, masks, entry = _prune_weights(pruned, stage, batches, recipe.seed, masks)
+            step, masks, entry = prune_weights(pruned, stage, batches, recipe.seed, masks)
+            entries = [entry]
         plan = plan.then(step)
-        report["pruning"].append(entry)
+        report["pruning"] += entries
     return pruned, plan, masks
 
 
@@ -248,13 +239,14 @@ def compress_family(
         UnsupportedModelError: as in `compress`.
     """
     recipe = _check(model, recipe)
-    if len(recipe.prune_stages) != 1 or not recipe.prune_stages[0].structural:
+    stages = recipe.prune_stages
+    if len(stages) != 1 or "weights" in stages[0].units:
         raise ConfigError("a family of models needs a recipe with one prune stage, not of weights.")
     if recipe.vocabulary is not None:
         raise ConfigError(
             "a family shares one vocabulary: leave the stage out, prune it afterwards."
         )
-    stages = [_with_target(recipe.prune_stages[0], target) for target in targets]
+    stages = tuple(_with_target(stages[0], target) for target in targets)
     batches = _calibration(model, recipe, calibration)
     analysis = analyse(model, stages[0], batches, recipe.seed)
     report = _start_report(model, recipe, batches)

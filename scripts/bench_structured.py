@@ -46,6 +46,8 @@ METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs uniform": ("kfac_obs", "uniform"),
     "kfac_obs top_down": ("kfac_obs", "top_down"),
     "kfac_obs template": ("kfac_obs", "template"),
+    "kfac_obs_label knapsack": ("kfac_obs_label", "knapsack"),
+    "kfac_obs_sampled knapsack": ("kfac_obs_sampled", "knapsack"),
     "obs knapsack": ("obs", "knapsack"),
     "fisher knapsack": ("fisher", "knapsack"),
     "block_fisher knapsack": ("block_fisher", "knapsack"),

@@ -1,9 +1,15 @@
 """Sensitivity curves against masking by hand, and rank correlations against scipy."""
 
+import json
+
 import pytest
 import torch
+from click.testing import CliRunner
+from datasets import Dataset
 from scipy.stats import spearmanr
+from words import word_tokenizer
 
+import hf_prune_cli
 from hf_prune.analysis import analyse_sensitivity, rank_correlation
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
@@ -11,6 +17,7 @@ from hf_prune.gates.plans import close_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
 from hf_prune.statistics.score import score
+from hf_prune.statistics.texts import class_numbers, read_examples
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -35,6 +42,15 @@ def test_curves_are_those_of_masking_each_site(tiny, inputs_for, logits, name):
         assert curve["kl"] == pytest.approx([0, float(kl)], rel=1e-3, abs=1e-6)
         assert curve["logit_error"] == pytest.approx([0, float(error)], rel=1e-3, abs=1e-7)
         assert curve["loss"][1] == pytest.approx(loss, rel=1e-5)
+        if name == "bert":
+            right = (masked.argmax(-1) == batch["labels"]).double().mean()
+            assert curve["accuracy"][1] == pytest.approx(float(right))
+            assert curve["accuracy"][0] == found.dense["accuracy"]
+        else:
+            assert "accuracy" not in curve, "a token is not a class"
+        assert curve["loss"][0] == pytest.approx(found.dense["loss"])
+    with torch.no_grad():
+        assert found.dense["loss"] == pytest.approx(float(model(**batch).loss), rel=1e-5)
     assert torch.equal(logits(model, batch), dense)
 
 
@@ -81,7 +97,9 @@ def test_scores_and_agreement(tiny, inputs_for):
     for site in find_sites(model):
         assert len(found.scores["random"][site.name]) == site.units
         assert min(found.scores["magnitude"][site.name]) > 0
-    assert set(found.to_dict()) == {"criterion", "fractions", "curves", "scores", "agreement"}
+    assert set(found.to_dict()) == {
+        *("criterion", "fractions", "curves", "scores", "agreement", "dense")
+    }
 
 
 def test_rank_correlation_is_spearmans():
@@ -97,3 +115,142 @@ def test_rank_correlation_is_spearmans():
 def test_no_criterion(tiny, inputs_for):
     with pytest.raises(ConfigError, match="at least one criterion"):
         analyse_sensitivity(tiny("bert"), [inputs_for("bert")], [])
+
+
+def test_no_labels_no_loss(tiny, inputs_for):
+    batch = inputs_for("bert")
+    labels = batch.pop("labels")
+    found = analyse_sensitivity(tiny("bert"), [batch], ["magnitude"])
+    assert found.dense == {}
+    assert all(set(curve) == {"kl", "logit_error"} for curve in found.curves.values())
+    batch["labels"] = torch.full_like(labels, -100)
+    found = analyse_sensitivity(tiny("bert"), [batch], ["magnitude"])
+    assert found.dense == {}, "nothing is counted"
+
+
+WORDS = ["good", "bad", "film", "plot"]
+ROWS = [
+    {"sentence": f"{w} {v} film", "mood": i % 3}
+    for i, (w, v) in enumerate([(w, v) for w in WORDS for v in WORDS[:3]])
+]
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """A folder with a tiny classifier whose classes have names, and its tokenizer."""
+    model = tiny("bert")
+    names = ["sad", "glad", "neither"]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer(WORDS).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def table(path, rows):
+    """The rows as a table of the kind that the name says."""
+    data = Dataset.from_list(rows)
+    if path.suffix == ".parquet":
+        data.to_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        data.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def analyze(*arguments):
+    return CliRunner().invoke(hf_prune_cli.main, ["analyze", *map(str, arguments)])
+
+
+COLUMNS = ("--text-column", "sentence", "--label-column", "mood")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_a_table_with_labels(saved, tmp_path, logits, tiny, kind):
+    """Loss and accuracy are those of the rows, whatever they are written as."""
+    file, out = table(tmp_path / f"rows.{kind}", ROWS), tmp_path / "out.json"
+    criteria = ("--criteria", "magnitude,kfac_obs_label")
+    result = analyze(saved, file, *COLUMNS, *criteria, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "Accuracy (dense 0." in result.output
+    assert "Squared change of the logits, units masked" in result.output
+    found = json.loads(out.read_text())
+    tokens = word_tokenizer(WORDS)([r["sentence"] for r in ROWS], padding=True, return_tensors="pt")
+    labels = torch.tensor([row["mood"] for row in ROWS])
+    said = logits(tiny("bert"), dict(tokens))
+    assert found["dense"]["accuracy"] == pytest.approx(
+        float((said.argmax(-1) == labels).double().mean())
+    )
+    loss = torch.nn.functional.cross_entropy(said, labels)
+    assert found["dense"]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    for curve in found["curves"].values():
+        assert len(curve["accuracy"]) == len(curve["loss"]) == len(found["fractions"])
+
+
+def test_names_of_classes_and_rows_from_all_over(saved, tmp_path):
+    """Of a sorted table every class is used; and a name is as good as a number."""
+    names = ["sad", "glad", "neither"]
+    rows = sorted(ROWS, key=lambda row: row["mood"])
+    told = [{**row, "mood": names[row["mood"]]} for row in rows]
+    found = []
+    for number, kind in ((rows, "numbers"), (told, "names")):
+        out = tmp_path / f"{kind}.json"
+        options = (*COLUMNS, "--criteria", "magnitude", "--max-samples", "6", "--out", out)
+        result = analyze(saved, table(tmp_path / f"{kind}.csv", number), *options)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
+    texts, labels = read_examples(tmp_path / "numbers.csv", "sentence", "mood", 6)
+    assert labels == [0, 0, 1, 1, 2, 2]
+    assert len(set(texts)) == 6
+
+
+def test_lines_have_no_labels(saved, tmp_path):
+    file = tmp_path / "lines.txt"
+    file.write_text("good film\n\nbad plot\n")
+    result = analyze(saved, file, "--criteria", "magnitude")
+    assert result.exit_code == 0, result.output
+    assert "Accuracy" not in result.output
+    result = analyze(saved, file, "--label-column", "mood")
+    assert result.exit_code == 2
+    assert "Labels need a table: .csv" in result.output
+    bare = table(tmp_path / "rows.csv", ROWS)
+    result = analyze(saved, bare, "--text-column", "sentence", "--criteria", "magnitude")
+    assert result.exit_code == 0, result.output
+    assert "Accuracy" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "text"),
+    [
+        (ROWS, ("--text-column", "sentense"), "no column 'sentense'; did you mean 'sentence'"),
+        (ROWS, (*COLUMNS[:2], "--label-column", "mod"), "no column 'mod'; did you mean 'mood'"),
+        ([{**ROWS[0], "mood": 3}], COLUMNS, r"label 3 is neither a number in [0, 3) nor"),
+        ([{**ROWS[0], "mood": "gladd"}], COLUMNS, "label 'gladd' is neither"),
+        ([{**ROWS[0], "mood": 0.5}], COLUMNS, "label 0.5 is neither"),
+        ([{**ROWS[0], "sentence": " "}], COLUMNS, "row 0 of those that are used has no 'sentence'"),
+    ],
+)
+def test_tables_that_are_refused(saved, tmp_path, rows, options, text):
+    result = analyze(saved, table(tmp_path / "rows.jsonl", rows), *options)
+    assert result.exit_code == 1
+    assert "DataError" in result.output
+    assert text in result.output
+
+
+def test_what_is_no_table_and_no_classifier(saved, tmp_path, tiny):
+    (tmp_path / "rows.parquet").write_bytes(b"none")
+    result = analyze(saved, tmp_path / "rows.parquet")
+    assert result.exit_code == 1
+    assert "cannot be read as parquet" in result.output
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel does not say one class of a text"):
+        class_numbers(tiny("gpt2"), [0])
+    several = tiny("bert")
+    several.config.problem_type = "multi_label_classification"
+    with pytest.raises(ConfigError, match="leave the labels out"):
+        class_numbers(several, [0])
+    one = tiny("bert")
+    one.config.num_labels = 1
+    assert class_numbers(one, [0.5, 3]).tolist() == [0.5, 3.0]
+    assert class_numbers(tiny("bert"), [2, 0]).dtype == torch.int64

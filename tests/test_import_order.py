@@ -22,6 +22,7 @@ ROWS = (
     ("analysis",),
     ("report", "export", "search"),
     ("oneshot", "ondisk"),
+    ("split",),
     ("hub", "pipeline"),
     ("cli",),
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_prune import compress, compress_family
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import rename_layers
 from hf_prune.sites import find_sites
@@ -157,3 +157,21 @@ def test_rescaling_alone(tiny, inputs_for):
     assert plain.plan == scaled.plan
     assert not same(plain.model, scaled.model)
     assert scaled.report["pruning"][0]["refitted"] > 0
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("criterion", ["kfac_obs_label", "kfac_obs_sampled"])
+def test_other_gradients_in_a_recipe(tiny, inputs_for, name, criterion):
+    """The budget is met all the same; only labels are needed more, where they are asked for."""
+    batches = [inputs_for(name, s) for s in range(4)]
+    recipe = {"stages": [{**STAGE, "sparsity": 0.5, "criterion": criterion}]}
+    result = compress(tiny(name), recipe, batches)
+    (entry,) = result.report["pruning"]
+    assert entry["met"]
+    assert result.plan == compress(tiny(name), recipe, batches).plan
+    bare = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    if criterion == "kfac_obs_label":
+        with pytest.raises(DataError, match="have no 'labels'"):
+            compress(tiny(name), recipe, bare)
+    else:
+        assert compress(tiny(name), recipe, bare).plan == result.plan

@@ -74,6 +74,9 @@ def test_frozen():
 PRUNE = {"stage": "prune", "sparsity": 0.5}
 
 
+BOTH = {"stage": "prune", "units": ["heads", "neurons", "weights"]}
+
+
 def one(**change):
     return {"stages": [{**PRUNE, **change}]}
 
@@ -94,7 +97,20 @@ def one(**change):
         (one(units=["head"]), r"stages\.0\.units\.0: Input should be 'heads', 'neurons', 'qu"),
         (one(units=[]), "units must name each kind once"),
         (one(units=["heads", "heads"]), "units must name each kind once"),
-        (one(units=["heads", "weights"]), "weights cannot share a stage"),
+        (one(units=["experts", "weights"]), "weights share a stage with heads, query_heads and n"),
+        (one(units=["heads", "weights"], schedule={}), "two stages of the same schedule"),
+        (one(units=["heads", "weights"], floor={"drop": 0.1}), "leave target, floor and template"),
+        (
+            {"stages": [{**BOTH, "target": {"macs": "0.5x"}}]},
+            "have one sparsity: leave target, floor and template",
+        ),
+        ({"stages": [{**BOTH, "weights": {"pattern": "2:4"}}]}, "2:4 removes .* no split is to be"),
+        (one(units=["heads", "weights"], cost="macs"), "no cost in MACs"),
+        ({"stages": [{**BOTH, "sparsity": 0.5}, PRUNE]}, "before single weights"),
+        (
+            one(units=["weights"], weights={"criterion": "wanda"}),
+            "criterion and solver of the stag",
+        ),
         (one(units=["weights"], cost="macs"), "single weights have no cost in MACs"),
         (one(of="layers", cost="macs"), "of: layers is for cost: parameters"),
         (one(min_heads=-1), r"stages\.0\.min_heads: .*greater than or equal to 0"),
@@ -267,3 +283,26 @@ def test_scalars(text, value):
 def test_text_that_looks_like_a_number_survives(text):
     recipe = Recipe(stages=(Prune(sparsity=0.5, ignore=(text,)),))
     assert load_recipe(parse_yaml(recipe.to_yaml())) == recipe
+
+
+def test_units_and_weights_in_one_stage():
+    """Each part is a stage of its own, with what the stage says of it."""
+    told = {"criterion": "wanda", "pattern": "4x1", "polish_steps": 2}
+    given = {"sparsity": 0.5, "even": True, "search_trials": 3, "ridge": 0.5, "weights": told}
+    (stage,) = load_recipe({"stages": [{**BOTH, **given, "ignore": ["*x*"]}]}).prune_stages
+    assert stage.structural
+    assert stage.joint
+    assert (stage.criterion, stage.solver) == ("kfac_obs", "knapsack")
+    units, weights = stage.structure_part(0.2), stage.weights_part(0.3)
+    for part, share in ((units, 0.2), (weights, 0.3)):
+        assert not part.joint
+        assert (part.sparsity, part.ridge, part.ignore) == (share, 0.5, ("*x*",))
+        assert load_recipe({"stages": [part.model_dump(mode="json")]}).prune_stages == (part,)
+    assert (units.units, units.criterion, units.even) == (("heads", "neurons"), "kfac_obs", True)
+    assert (weights.units, weights.criterion, weights.solver) == (("weights",), "wanda", "uniform")
+    assert (weights.single.pattern, weights.single.polish_steps) == ("4x1", 2)
+    (plain,) = load_recipe({"stages": [{**BOTH, "sparsity": 0.5}]}).prune_stages
+    assert plain.weights_part(0.5).criterion == "admm"
+    (alone,) = load_recipe(one(units=["weights"])).prune_stages
+    assert not alone.structural
+    assert not alone.joint

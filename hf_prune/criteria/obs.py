@@ -130,6 +130,13 @@ def obs(weight: Tensor, *, input_gram: Tensor) -> Ranking:
     return structured_obs(_as_matrix(weight.double(), width), input_gram, width)
 
 
+def _kfac(weight: Tensor, hessian: Tensor, output_gradient: Tensor) -> Ranking:
+    """Structured OBS of a matrix seen through a root of the second moments of its gradients."""
+    width = len(hessian) // len(weight)
+    matrix = _root(output_gradient).T @ _as_matrix(weight.double(), width)  # [r, U * D]
+    return structured_obs(matrix, hessian, width)
+
+
 @criterion
 def kfac_obs(weight: Tensor, *, hessian: Tensor, output_gradient: Tensor) -> Ranking:
     """Squared change of the logits, to first order, with what stays re-fitted. Needs no labels.
@@ -146,9 +153,49 @@ def kfac_obs(weight: Tensor, *, hessian: Tensor, output_gradient: Tensor) -> Ran
     Source: structured OBS, arXiv:2302.04089, with the Kronecker-factored curvature of Martens and
         Grosse 2015, arXiv:1503.05671, in the place of the inputs' second moments.
     """
-    width = len(hessian) // len(weight)
-    matrix = _root(output_gradient).T @ _as_matrix(weight.double(), width)  # [r, U * D]
-    return structured_obs(matrix, hessian, width)
+    return _kfac(weight, hessian, output_gradient)
+
+
+@criterion
+def kfac_obs_label(
+    weight: Tensor, *, label_hessian: Tensor, label_output_gradient: Tensor
+) -> Ranking:
+    """Squared change of the loss of each example, to first order, with what stays re-fitted.
+
+    Args:
+        weight: `[U, N]` with `N = E * D`.
+        label_hessian: `[U * D, U * D]`, of inputs weighted by how much the loss depends on each
+            token. The loss of a sequence is the mean over its labels.
+        label_output_gradient: `[E, E]`, which directions of the output the loss depends on.
+
+    Returns:
+        Order and error curve, in squared units of the loss.
+
+    Source: as `kfac_obs`, with the empirical Fisher information of the labels: Kurtic et al. 2022,
+        arXiv:2203.07259, who have it without the Kronecker factors.
+    """
+    return _kfac(weight, label_hessian, label_output_gradient)
+
+
+@criterion
+def kfac_obs_sampled(
+    weight: Tensor, *, sampled_hessian: Tensor, sampled_output_gradient: Tensor
+) -> Ranking:
+    """Second-order change of the KL divergence, times two, with what stays re-fitted. No labels.
+
+    Args:
+        weight: `[U, N]` with `N = E * D`.
+        sampled_hessian: `[U * D, U * D]`, of inputs weighted by how much the log-likelihood of
+            labels that the model itself predicts depends on each token.
+        sampled_output_gradient: `[E, E]`, which directions of the output it depends on.
+
+    Returns:
+        Order and error curve, in nats per example; of models that predict tokens, their sum.
+
+    Source: as `kfac_obs`; the Fisher information by labels drawn from the model's own distribution
+        is that of Martens and Grosse 2015, arXiv:1503.05671, section 5.
+    """
+    return _kfac(weight, sampled_hessian, sampled_output_gradient)
 
 
 def _greedy(pairs: Tensor) -> Ranking:

@@ -27,6 +27,11 @@ STATISTICS: dict[str, str] = {
     "hessian": "[U * D, U * D], sum over tokens, mean over examples, of |g|^2 x x^T, with x an "
     "input of the projection and g = d (v . logits) / d output",
     "output_gradient": "[E, E], sum over tokens of g g^T, divided by its trace",
+    "label_hessian": "[U * D, U * D], as hessian, with g = d loss / d output; needs labels",
+    "label_output_gradient": "[E, E], as output_gradient, of the same g; needs labels",
+    "sampled_hessian": "[U * D, U * D], as hessian, with g = d log p(y) / d output, y drawn from "
+    "what the model predicts",
+    "sampled_output_gradient": "[E, E], as output_gradient, of the same g",
     "generator": "a seeded torch.Generator; needs no data",
 }
 """What a criterion may ask for, and what it then gets."""

@@ -70,7 +70,7 @@ class Recipe(Model):
                 continue
             if stage.structural and zeros:
                 raise ValueError("prune heads and neurons before single weights")
-            zeros = zeros or not stage.structural
+            zeros = zeros or "weights" in stage.units
             if stage.schedule and isinstance(following, Train) and following.lora_rank:
                 raise ValueError("lora_rank is for recovery, after the masks have closed")
             if stage.schedule and not isinstance(following, Train) and not _joint(stage, following):

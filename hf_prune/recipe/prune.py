@@ -37,7 +37,9 @@ class Prune(Model):
     """What may go: `heads` and `neurons` are really removed, and so are channels of the `hidden`
     width of the whole model. Heads go with their keys and values; `query_heads` one by one. In a
     mixture of experts whole `experts` may go, or `expert_neurons`, which all experts of a layer
-    have in common. Single `weights` become zero."""
+    have in common. Single `weights` become zero. Where `heads`, `query_heads` or `neurons` and
+    `weights` share a stage, `sparsity` is of the entries of all matrices that weights are in, and
+    how much of it goes as units is tried out."""
     criterion: str = Field(default_factory=_default_criterion)
     """A key of `hf_prune.criteria.CRITERIA`. For weights: one of
     `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, for weights `admm`, and `fisher`
@@ -81,7 +83,8 @@ class Prune(Model):
     calibration_samples: int = Field(default=512, ge=1)
     """Examples to use at most."""
     projections: int = Field(default=1, ge=1)
-    """Random projections of each example's logits; each costs one backward pass."""
+    """Random projections of each example's logits, or draws from what the model predicts, where the
+    criterion has them; each costs one backward pass."""
     min_calibration_samples: int = Field(default=8, ge=1)
     """Fewer examples than this are refused: scores would be noise."""
     sequence_length: int = Field(default=128, ge=1)
@@ -102,8 +105,9 @@ class Prune(Model):
     """Examples for the re-fit; as many as `calibration_samples`, if not given. More help from about
     85 % sparsity on."""
     search_trials: int = Field(default=0, ge=0)
-    """Networks of other widths that are built, re-fitted and judged before the plan is final. Helps
-    where most of the model goes, from about 85 % sparsity on."""
+    """Networks of other widths that an evolutionary search builds, re-fits and judges before the
+    plan is final. Helps where most of the model goes, from about 85 % sparsity on. Of units and
+    weights in one stage: splits between them that are tried; if 0, 5."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
     masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"
@@ -138,11 +142,8 @@ class Prune(Model):
             raise ValueError("name heads, with their keys and values, or single query_heads")
         if "hidden" in self.units:
             self._check_hidden()
-        if "weights" in self.units and len(self.units) > 1:
-            raise ValueError(
-                "weights cannot share a stage with heads or neurons: write two stages, "
-                "structure first, then weights"
-            )
+        if self.joint:
+            self._check_joint()
         experts = {"experts", "expert_neurons"} & set(self.units)
         if experts and self.schedule:
             raise ValueError("experts and their neurons go in one shot: leave schedule out")
@@ -153,7 +154,7 @@ class Prune(Model):
             )
         if "weights" in self.units and self.cost == "macs":
             raise ValueError("single weights have no cost in MACs: use cost: parameters")
-        if self.even and self.search_trials:
+        if self.even and self.search_trials and not self.joint:
             raise ValueError("search_trials makes layers differ: leave it out, or even")
         if self.of == "layers" and (self.cost == "macs" or "weights" in self.units):
             raise ValueError("of: layers is for cost: parameters of heads and neurons")
@@ -167,10 +168,38 @@ class Prune(Model):
         if self.cost == "macs" or self.of == "layers":
             raise ValueError("the sparsity of the hidden width is one of all parameters it is in")
 
+    def _check_joint(self) -> None:
+        if set(self.units) - {"heads", "query_heads", "neurons", "weights"}:
+            raise ValueError(
+                "weights share a stage with heads, query_heads and neurons only: write two stages, "
+                "structure first, then weights"
+            )
+        if self.schedule is not None:
+            raise ValueError(
+                "weights share a stage with heads or neurons in one shot: with a schedule write "
+                "two stages of the same schedule, structure first, then weights"
+            )
+        if self.target is not None or self.floor is not None or self.template is not None:
+            raise ValueError(
+                "heads or neurons and weights in one stage have one sparsity: leave target, floor "
+                "and template out, or write two stages"
+            )
+        if self._implied is not None:
+            raise ValueError(
+                f"pattern {self.single.pattern} removes the same share of every matrix, so that no "
+                "split is to be found: write two stages, structure first, then weights"
+            )
+
     @model_validator(mode="after")
     def _one_goal(self) -> "Prune":
-        if self.weights is not None and self.structural:
+        single = self.weights
+        if single is not None and "weights" not in self.units:
             raise ValueError("weights: is for a stage of single weights, units: [weights]")
+        if single is not None and (single.criterion or single.solver) and not self.joint:
+            raise ValueError(
+                "weights: {criterion, solver} are for weights that share a stage with heads or "
+                "neurons: write the criterion and solver of the stage"
+            )
         if self.floors and not self.structural:
             raise ValueError("floors are of heads and neurons: leave weights out with ignore")
         implied = self._implied
@@ -281,5 +310,27 @@ class Prune(Model):
 
     @property
     def structural(self) -> bool:
-        """Whether the stage removes heads or neurons (not single weights)."""
-        return "weights" not in self.units
+        """Whether the stage removes heads or neurons, and not single weights alone."""
+        return self.units != ("weights",)
+
+    @property
+    def joint(self) -> bool:
+        """Whether heads or neurons and single weights share the sparsity of the stage."""
+        return self.structural and "weights" in self.units
+
+    def structure_part(self, sparsity: float) -> "Prune":
+        """Of a joint stage: its units alone, to a sparsity of their own."""
+        units = tuple(unit for unit in self.units if unit != "weights")
+        changes = {"units": units, "weights": None, "sparsity": sparsity, "search_trials": 0}
+        return self.model_copy(update=changes)
+
+    def weights_part(self, sparsity: float) -> "Prune":
+        """Of a joint stage: its single weights alone, to a sparsity of their own."""
+        single = self.single
+        shared = ("ignore", "calibration_samples", "min_calibration_samples", "sequence_length")
+        given: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        given |= {"reconstruct": self.reconstruct, "ridge": self.ridge, "sparsity": sparsity}
+        named = {"criterion": single.criterion, "solver": single.solver}
+        given |= {name: value for name, value in named.items() if value is not None}
+        alone = single.model_copy(update=dict.fromkeys(named))
+        return Prune(units=("weights",), weights=alone, **given)

@@ -12,6 +12,11 @@ _PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
 class Weights(Model):
     """How single weights are chosen, and what the others become."""
 
+    criterion: str | None = None
+    """Where weights share a stage with heads or neurons, whose `criterion` is that of the stage: a
+    key of `hf_prune.weights.problem.CRITERIA`; `admm`, if not given."""
+    solver: str | None = None
+    """In such a stage, as `solver` of a stage of weights alone; `uniform`, if not given."""
     pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
     """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
     rows x columns (`4x1`)."""

@@ -4,15 +4,27 @@ from rich.table import Table
 
 from hf_prune.analysis import Sensitivity
 
+_TITLES = {
+    "logit_error": ("Squared change of the logits", "{:.2e}"),
+    "loss": ("Loss", "{:.4f}"),
+    "accuracy": ("Accuracy", "{:.4f}"),
+}
+"""What a table can show, and how its figures are written."""
 
-def sensitivity_table(found: Sensitivity) -> Table:
-    """What the logits of the model do as more and more of each site is masked."""
-    table = Table(
-        title=f"Squared change of the logits, units masked in the order of {found.criterion}"
-    )
+
+def sensitivity_tables(found: Sensitivity) -> list[Table]:
+    """What is known of logits, loss and accuracy as more and more of each site is masked."""
+    known = next(iter(found.curves.values()), {})
+    return [_table(found, name) for name in _TITLES if name in known]
+
+
+def _table(found: Sensitivity, name: str) -> Table:
+    title, written = _TITLES[name]
+    dense = f" (dense {written.format(found.dense[name])})" if name in found.dense else ""
+    table = Table(title=f"{title}{dense}, units masked in the order of {found.criterion}")
     table.add_column("site")
     for fraction in found.fractions:
         table.add_column(f"{fraction:.0%} masked", justify="right")
     for site, curves in found.curves.items():
-        table.add_row(site, *(f"{value:.2e}" for value in curves["logit_error"]))
+        table.add_row(site, *(written.format(value) for value in curves[name]))
     return table

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError, NumericsError
 from hf_prune.gates.attach import attach_scoring_gates
 from hf_prune.gates.gate import Gates
-from hf_prune.sites import EXPERT_KINDS, Site, base_model, get_parameter, projection
+from hf_prune.sites import EXPERT_KINDS, Site, base_model, get_parameter
 from hf_prune.statistics.batches import (
     Batch,
     by_token,
@@ -25,6 +24,7 @@ from hf_prune.statistics.batches import (
     sequence_mask,
     to_device,
 )
+from hf_prune.statistics.calls import Calls
 from hf_prune.statistics.projection import project_output
 from hf_prune.statistics.streams import in_eval
 
@@ -34,14 +34,23 @@ LOSS_GATES = frozenset({"gate_grad", "gate_grad_signed", "gate_fisher"})
 """Read off gates, from the gradient of the loss."""
 PROJECTED_GATES = frozenset({"projected_fisher", "projected_gate_fisher"})
 """Read off gates, from the gradient of a random projection of the logits."""
-CURVATURE = frozenset({"hessian", "output_gradient"})
-"""Read off the output of a projection, from the same gradient."""
+CURVATURES = {
+    "loss": ("label_hessian", "label_output_gradient"),
+    "projection": ("hessian", "output_gradient"),
+    "sample": ("sampled_hessian", "sampled_output_gradient"),
+}
+"""Read off inputs and the output of a projection, by what is differentiated: the second moments of
+the weighted inputs, and those of the output's gradient."""
+CURVATURE = frozenset(name for pair in CURVATURES.values() for name in pair)
+"""All of them."""
 OUTPUTS = CURVATURE | {"weight_grad_square"}
 """All that needs the gradient of a projection's output."""
-LOSS = LOSS_GATES | {"weight_grad_square"}
+LOSS = LOSS_GATES | {"weight_grad_square", *CURVATURES["loss"]}
 """All that needs labels."""
-PROJECTED = PROJECTED_GATES | CURVATURE
+PROJECTED = PROJECTED_GATES | set(CURVATURES["projection"])
 """All that is a mean over random projections."""
+SAMPLED = frozenset(CURVATURES["sample"])
+"""All that is a mean over labels drawn from what the model predicts."""
 INPUTS = frozenset({"input_norm", "input_gram"})
 """Read off the inputs of a projection, without any gradient."""
 UNSEEN = INPUTS | CURVATURE
@@ -49,7 +58,7 @@ UNSEEN = INPUTS | CURVATURE
 TOKENS = "tokens"
 """Under this name the real tokens that a site has seen are counted."""
 SEED_STEP = 1_000_003
-"""Between the seeds of the random projections of one example."""
+"""Between the seeds of the random projections, or of the draws, of one example."""
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -78,35 +87,6 @@ class _Sums:
 
 
 @dataclass
-class _Seen:
-    """What the output projection of each site saw in one forward pass, call by call."""
-
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
-
-    def watch(self, base: PreTrainedModel, sites: Sequence[Site], *, outputs: bool) -> None:
-        """Keep the inputs of all sites, and their outputs, through which gradients will flow."""
-        for site in sites:
-
-            def keep(
-                module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = site.name
-            ) -> None:
-                self.inputs.setdefault(name, []).append(args[0].detach())
-                if outputs:
-                    if not output.requires_grad:
-                        output.requires_grad_()
-                    self.outputs.setdefault(name, []).append(output)
-
-            self.handles.append(projection(base, site.gate.module).register_forward_hook(keep))
-
-    def clear(self) -> None:
-        """Forget the last pass."""
-        self.inputs.clear()
-        self.outputs.clear()
-
-
-@dataclass
 class _Pass:
     """One pass over calibration data: what is asked for, and what has been summed so far."""
 
@@ -116,7 +96,7 @@ class _Pass:
     seed: int
     projections: int
     gates: Gates = field(default_factory=Gates)
-    seen: _Seen = field(default_factory=_Seen)
+    seen: Calls = field(default_factory=Calls)
     sums: _Sums = field(default_factory=_Sums)
     fused: dict[str, Tensor] = field(default_factory=dict)
     frozen: list[Tensor] = field(default_factory=list)
@@ -124,7 +104,8 @@ class _Pass:
     def __post_init__(self) -> None:
         base = base_model(self.model)
         self.loss = bool(self.names & LOSS)
-        self.projection = bool(self.names & PROJECTED)
+        wanted = {"projection": PROJECTED, "sample": SAMPLED}
+        self.drawn = [kind for kind, names in wanted.items() if self.names & names]
         if self.names & (LOSS_GATES | PROJECTED_GATES):
             self.gates = attach_scoring_gates(self.model, self.sites)
         plain = [site for site in self.sites if site.kind not in EXPERT_KINDS]
@@ -151,7 +132,7 @@ class _Pass:
         examples = main_input(self.model, batch).shape[0]
         self.sums.examples += examples
         self.seen.clear()
-        if self.loss or self.projection:
+        if self.loss or self.drawn:
             self._add_gradients(batch, examples)
         else:
             with torch.no_grad():
@@ -176,14 +157,15 @@ class _Pass:
                     self.sums.add(site.name, "input_gram", tokens.T @ tokens)
 
     def _targets(self, batch: Batch, output: Any) -> Iterator[tuple[str, Tensor]]:
-        """What is differentiated: the loss, and then each random projection of the logits."""
+        """What is differentiated: the loss, then random projections of the logits, then draws."""
         if self.loss:
             counted = counted_positions(self.model, batch["labels"])
             yield "loss", output.loss * counted.sum()  # the loss is a mean: undo it
-        if self.projection:
+        for kind in self.drawn:
             for turn in range(self.projections):
-                seed = self.seed + turn * SEED_STEP
-                yield "projection", project_output(self.model, batch, output, seed).sum()
+                seed, sampled = self.seed + turn * SEED_STEP, kind == "sample"
+                found = project_output(self.model, batch, output, seed, sampled=sampled)
+                yield kind, found.sum()
 
     def _add_gradients(self, batch: Batch, examples: int) -> None:
         if self.loss and "labels" not in batch:
@@ -205,7 +187,7 @@ class _Pass:
         if self.loss:  # each example has a mean of its own
             counted = counted_positions(self.model, batch["labels"]).view(examples, -1)
             per_example = counted.sum(dim=1).clamp(min=1)  # [B]
-        last = self.loss + self.projection * self.projections - 1
+        last = self.loss + len(self.drawn) * self.projections - 1
         for turn, (kind, target) in enumerate(self._targets(batch, output)):
             found = torch.autograd.grad(target, inner, retain_graph=turn < last, allow_unused=True)
             gradients = [
@@ -248,15 +230,32 @@ class _Pass:
             outputs = self.seen.outputs.get(site.name, ())
             inputs_seen = self.seen.inputs.get(site.name, ())
             calls = [(x, next(waiting)) for x, _ in zip(inputs_seen, outputs, strict=False)]
-            if kind == "projection" and self.names & CURVATURE:
-                for inputs, gradient in calls:
-                    x, g = (self._real_tokens(batch, site, v) for v in (inputs, gradient))
-                    weight = g.square().sum(dim=1, keepdim=True)  # [tokens, 1]
-                    self.sums.add(site.name, "hessian", (x * weight).T @ x)
-                    self.sums.add(site.name, "output_gradient", g.T @ g)
+            if self.names.intersection(CURVATURES[kind]):
+                self._add_curvature(kind, site, calls, batch, scale)
             seen = site.name not in self.fused
             if kind == "loss" and "weight_grad_square" in self.names and seen:
                 self._add_weight_gradients(site, calls, scale)
+
+    def _add_curvature(
+        self,
+        kind: str,
+        site: Site,
+        calls: Sequence[tuple[Tensor, Tensor]],
+        batch: Batch,
+        scale: Tensor,
+    ) -> None:
+        """Both factors of the curvature of a projection; what is not asked for is left out."""
+        hessian, output_gradient = CURVATURES[kind]
+        for inputs, gradient in calls:
+            if kind == "loss":
+                gradient = gradient.reshape(len(scale), -1, gradient.shape[-1])  # [B, T, E]
+                gradient = gradient * scale.to(gradient).view(-1, 1, 1)
+            x, g = (self._real_tokens(batch, site, v) for v in (inputs, gradient))
+            if hessian in self.names:
+                weight = g.square().sum(dim=1, keepdim=True)  # [tokens, 1]
+                self.sums.add(site.name, hessian, (x * weight).T @ x)
+            if output_gradient in self.names:
+                self.sums.add(site.name, output_gradient, g.T @ g)
 
     def _add_weight_gradients(
         self, site: Site, calls: Sequence[tuple[Tensor, Tensor]], scale: Tensor
@@ -283,9 +282,9 @@ def _mean(name: str, total: Tensor, examples: float, tokens: float, projections:
         return (total / tokens).sqrt()
     if name == "input_gram":
         return total / tokens
-    if name == "output_gradient":
+    if name.endswith("output_gradient"):
         return total / total.diagonal().sum().clamp(min=torch.finfo(total.dtype).tiny)
-    return total / (examples * (projections if name in PROJECTED else 1))
+    return total / (examples * (projections if name in PROJECTED | SAMPLED else 1))
 
 
 def _check_visible(sites: Sequence[Site], names: Collection[str]) -> None:
@@ -361,8 +360,8 @@ def collect(
         batches: dicts of tensors, read once. Padding, by `attention_mask`, is never counted.
         names: keys of `hf_prune.criteria.STATISTICS`.
         seed: of the random projections.
-        projections: how many random projections of the logits of each example to average over;
-            each costs one backward pass.
+        projections: how many random projections of the logits of each example, or drawn labels, to
+            average over; each costs one backward pass.
 
     Returns:
         For each site, tensors on the CPU in float64, in the shapes that `STATISTICS` states.

@@ -1,4 +1,8 @@
-"""Random projections of what a model says: one number per example, whose gradient is curvature."""
+"""Random projections of what a model says: one number per example, whose gradient is curvature.
+
+Their directions are random signs, or the gradient of the log-likelihood of labels that are drawn
+from what the model itself predicts.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_prune.errors import ConfigError
 from hf_prune.statistics.batches import (
     Batch,
     example_seed,
@@ -48,8 +53,54 @@ def _directions(values: Tensor, generator: torch.Generator, *, language: bool) -
     return signs
 
 
+def _drawn(values: Tensor, generator: torch.Generator, said: str) -> Tensor:
+    """`d log p(y) / d z` for drawn `y`, in the shape of `values`, without gradient.
+
+    Its mean over draws is 0 and its covariance the Fisher information of the logits. `y` is a class
+    for each row of `[n, C]`, or a number for each class.
+    """
+    values = values.detach()
+    if said == "numbers":  # y ~ N(z, 1)
+        return torch.randn(values.shape, generator=generator).to(values)
+    if said == "flags":  # one of two classes for each entry
+        chance = torch.sigmoid(values)
+        uniform = torch.rand(values.shape, generator=generator, dtype=torch.float64)
+        return (uniform.to(values.device) < chance.double()).to(values) - chance
+    if said == "positions":  # [tokens, 2]: a token for each column
+        return _drawn(values.T, generator, "classes").T
+    chance = torch.softmax(values, dim=-1)
+    below = chance.double().cumsum(dim=-1)
+    uniform = torch.rand(values.shape[:-1], generator=generator, dtype=torch.float64)
+    at = uniform.to(below.device).unsqueeze(-1) * below[..., -1:]
+    label = torch.searchsorted(below, at, right=True).clamp(max=values.shape[-1] - 1)
+    return torch.zeros_like(chance).scatter_(-1, label, 1.0) - chance
+
+
+def _said(model: PreTrainedModel, output: Any) -> str:
+    """What the logits are of: `classes`, of which one is true, `flags`, `numbers`, `positions`.
+
+    Raises:
+        ConfigError: when the model predicts nothing, as one without a head.
+    """
+    if getattr(output, "start_logits", None) is not None:
+        return "positions"
+    if not any(getattr(output, n, None) is not None for n in ("logits", "logits_per_image")):
+        raise ConfigError(
+            f"{type(model).__name__} has no head, and so predicts nothing that labels could be "
+            "drawn from. Load the model with the head of its task, or use criterion: kfac_obs."
+        )
+    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+        return "flags"
+    return "numbers" if logits_of(output).shape[-1] == 1 else "classes"
+
+
 def project_logits(
-    logits: Tensor, seeds: Sequence[int], mask: Tensor | None = None, *, language: bool = False
+    logits: Tensor,
+    seeds: Sequence[int],
+    mask: Tensor | None = None,
+    *,
+    language: bool = False,
+    said: str | None = None,
 ) -> Tensor:
     """A random projection of the logits of each example, `[B]`.
 
@@ -59,6 +110,8 @@ def project_logits(
         mask: `[B, T]`, True for tokens that count; of logits for each token.
         language: whether classes are the entries of a vocabulary, most of them impossible: then
             each is weighted by its probability.
+        said: what is drawn, in the place of random signs: `classes`, `flags`, `numbers`, or
+            `positions`.
 
     Returns:
         `[B]`: the sum of `v * z`.
@@ -69,11 +122,17 @@ def project_logits(
         values = logits[row].float()
         if mask is not None:
             values = values[mask[row]]  # [T, C] -> [tokens that count, C]
-        result.append((values * _directions(values, generator, language=language)).sum())
+        if said is None:
+            directions = _directions(values, generator, language=language)
+        else:
+            directions = _drawn(values, generator, said)
+        result.append((values * directions).sum())
     return torch.stack(result)
 
 
-def project_output(model: PreTrainedModel, batch: Batch, output: Any, seed: int) -> Tensor:
+def project_output(
+    model: PreTrainedModel, batch: Batch, output: Any, seed: int, *, sampled: bool = False
+) -> Tensor:
     """A random projection of what a model says of each example, `[B]`.
 
     The direction is drawn from the content of the example, so that it depends neither on its batch
@@ -84,10 +143,16 @@ def project_output(model: PreTrainedModel, batch: Batch, output: Any, seed: int)
         batch: on its device.
         output: with graph.
         seed: of the whole run.
+        sampled: take the gradient of the log-likelihood of a drawn label of each example, or of
+            each real token, in the place of random signs.
+
+    Raises:
+        ConfigError: when labels are to be drawn and the model predicts nothing.
     """
     logits = logits_of(output)
     rows = zip(main_input(model, batch), token_mask(model, batch), strict=True)
     seeds = [example_seed(row, real, seed) for row, real in rows]
     mask = sequence_mask(model, batch, "decoder", logits) if logits.ndim == 3 else None
     language = model.get_output_embeddings() is not None
-    return project_logits(logits, seeds, mask, language=language)
+    said = _said(model, output) if sampled else None
+    return project_logits(logits, seeds, mask, language=language, said=said)

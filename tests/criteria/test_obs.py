@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_prune.criteria import CRITERIA
+from hf_prune.criteria import CRITERIA, needs
 from hf_prune.criteria.obs import DAMPING, damped_inverse, structured_obs
 from hf_prune.errors import NumericsError
 
@@ -98,6 +98,13 @@ def test_kfac_weights_inputs_and_outputs():
     expected = structured_obs(root.T @ weight, hessian, width)
     assert found.order.tolist() == expected.order.tolist()
     torch.testing.assert_close(found.errors, expected.errors)
+    for name in ("kfac_obs_label", "kfac_obs_sampled"):
+        source = name.removeprefix("kfac_obs_")
+        factors = {f"{source}_hessian": hessian, f"{source}_output_gradient": gradient.double()}
+        assert set(needs(CRITERIA[name])) == set(factors)
+        other = CRITERIA[name](entries, **factors)
+        assert torch.equal(other.order, found.order)
+        assert torch.equal(other.errors, found.errors)
     plain = CRITERIA["obs"](entries, input_gram=hessian)
     torch.testing.assert_close(plain.errors, structured_obs(weight, hessian, width).errors)
 

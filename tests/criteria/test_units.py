@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from hf_prune.criteria import CRITERIA, STATISTICS, criterion, get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
+from hf_prune.recipe import load_recipe
 
 U, D, E = 5, 3, 4
 RANDOM = {"random", "random_by_weight"}
-TOGETHER = {"obs", "kfac_obs", "block_fisher"}
+TOGETHER = {"obs", "kfac_obs", "kfac_obs_label", "kfac_obs_sampled", "block_fisher"}
 names = pytest.mark.parametrize("name", sorted(set(CRITERIA) - TOGETHER))
 judged = pytest.mark.parametrize("name", sorted(set(CRITERIA) - TOGETHER - RANDOM))
 
@@ -154,3 +155,14 @@ def test_unknown_criterion():
         ConfigError, match=r"unknown criterion 'tailor'; did you mean 'taylor'.*fis"
     ):
         get_criterion("tailor")
+
+
+def test_the_default_needs_no_labels_and_no_draws():
+    (stage,) = load_recipe({"stages": [{"stage": "prune", "sparsity": 0.5}]}).prune_stages
+    assert stage.criterion == "kfac_obs"
+    assert needs(CRITERIA[stage.criterion]) == ("hessian", "output_gradient")
+    assert "labels" not in "".join(STATISTICS[name] for name in ("hessian", "output_gradient"))
+    told = needs(CRITERIA["kfac_obs_label"])
+    assert all("needs labels" in STATISTICS[name] for name in told)
+    drawn = needs(CRITERIA["kfac_obs_sampled"])
+    assert not any("needs labels" in STATISTICS[name] for name in drawn)

@@ -78,6 +78,11 @@ WEIGHTS = {
     },
     "fisher_diagonal": {"criterion": "fisher_diagonal", "solver": "global"},
     "polish": {"criterion": "wanda", "weights": {"polish_steps": 3}},
+    "in one budget with units": {
+        "units": ["heads", "neurons", "weights"],
+        "weights": {"criterion": "wanda"},
+        "search_trials": 3,
+    },
 }
 """Every way by which single weights read data."""
 
@@ -102,6 +107,7 @@ def single_weights(mine):
 STRUCTURE = {
     "hidden": {"units": ["hidden"], "criterion": "fisher", "sparsity": 0.5},
     "search": {"sparsity": 0.5, "search_trials": 3, "round_to": 4},
+    "sampled": {"sparsity": 0.5, "criterion": "kfac_obs_sampled"},
     "timed": {"target": {"speedup": 1.3, "batch_size": 2}},
     "fewer": {"sparsity": 0.5, "calibration_samples": 32, "reconstruction_samples": 48},
 }

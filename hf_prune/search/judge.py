@@ -1,0 +1,73 @@
+"""What decides between networks: how far their logits move, on examples that judge alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_prune.errors import DataError
+from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.statistics.projection import logits_of
+from hf_prune.surgery.dense import held_out_examples
+
+JUDGES = 1
+"""Seed of the examples that judge networks; the others are fitted, with judges of their own."""
+
+
+@torch.no_grad()
+def logits_on(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """The logits of examples or of real tokens, batch by batch, less their mean over classes."""
+    model.eval()
+    found = []
+    for batch in batches:
+        batch = to_device(batch, model.device)
+        values = logits_of(model(**forward_kwargs(model, batch, labels=False))).float()
+        mask = token_mask(model, batch)
+        if values.ndim == 3 and values.shape[:2] == mask.shape:
+            values = values[mask]  # [B, T, C] -> [real tokens, C]
+        found.append(values - values.mean(dim=-1, keepdim=True))
+    return found
+
+
+@dataclass
+class Judge:
+    """Calibration examples that judge networks, about one in five, and the others.
+
+    The same ones judge however they are batched, and on whatever process they are.
+
+    Attributes:
+        dense: what networks are compared with; not changed.
+        batches: calibration batches of this process.
+        fitted: those without the examples that judge.
+
+    Raises:
+        DataError: on every process, when no example of any of them is one or the other.
+    """
+
+    dense: PreTrainedModel
+    batches: Sequence[Batch]
+    fitted: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.examples: list[Batch] = []
+        for batch in self.batches:
+            chosen = held_out_examples(self.dense, batch, JUDGES)
+            for part, rows in ((self.examples, chosen), (self.fitted, ~chosen)):
+                if bool(rows.any()):
+                    part.append(examples_of(batch, rows))
+        counts = [float(len(self.examples)), float(len(self.fitted))]
+        found = torch.tensor(counts, device=self.dense.device)
+        if not bool((sum_over_processes(found) > 0).all()):
+            raise DataError("too few calibration examples to search with: pass some dozens.")
+        self.logits = logits_on(self.dense, self.examples)
+
+    def error(self, candidate: PreTrainedModel) -> float:
+        """Mean squared change of the logits on the examples that judge, of all processes."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for ours, theirs in zip(logits_on(candidate, self.examples), self.logits, strict=True):
+            sums += torch.tensor([float((ours - theirs).square().sum()), ours.numel()])
+        total, number = sum_over_processes(sums.to(self.dense.device)).tolist()
+        return float(total / number)
