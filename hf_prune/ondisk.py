@@ -7,7 +7,6 @@ moments.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from hf_prune.statistics.streams import Enough, Stream, by_layer, recorded
 from hf_prune.weights.budgets import uniform
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.problem import GRADIENTS
-from hf_prune.weights.progress import Progress
+from hf_prune.weights.progress import Progress, digest_of
 from hf_prune.weights.prune import Job, prune_layers
 from hf_prune.weights.stage import check_weight_stage, find_stage, options_of
 
@@ -280,17 +279,9 @@ def prune_folder(
 
 def _key(source: Path, stage: Prune, batches: Sequence[Batch], seed: int) -> str:
     """What a run is: its folder and the state of its files, the stage, and the calibration data."""
-    digest = hashlib.sha256()
-    for path in sorted(source.resolve().iterdir()):
-        if path.is_file():
-            told = path.stat()
-            digest.update(f"{path} {told.st_size} {told.st_mtime_ns}\n".encode())
-    for batch in batches:
-        for name in sorted(batch):
-            value = batch[name].detach().cpu().contiguous()
-            digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
-    return f"{digest.hexdigest()} {stage.model_dump_json()} {seed}"
+    files = [path for path in sorted(source.resolve().iterdir()) if path.is_file()]
+    told = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return f"{digest_of([*told, *batches])} {stage.model_dump_json()} {seed}"
 
 
 def prune_folder_with_text(

@@ -1,15 +1,37 @@
 """A folder in which every finished layer of a walk is kept, so that an interrupted run goes on."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_prune.errors import CheckpointError
+
+
+def digest_of(values: Iterable[Any]) -> str:
+    """SHA-256 of tensors, in dicts and tuples or not, and of text: what a run is made of."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(f"{list(value.shape)} {value.dtype}\n".encode())
+            data = value.detach().cpu().contiguous().view(-1)
+            digest.update(data.view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            digest.update(
+                digest_of(part for name in sorted(value) for part in (name, value[name])).encode()
+            )
+        elif isinstance(value, tuple | list):
+            digest.update(digest_of(value).encode())
+        else:
+            digest.update(f"{value}\n".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune.errors import DataError, UnsupportedModelError
+from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites
 from hf_prune.statistics.batches import Batch
 from hf_prune.statistics.streams import (
@@ -307,6 +307,7 @@ def prune_weights_(
         Masks, and the relative error of the outputs of each matrix.
 
     Raises:
+        ConfigError: when progress is to be kept where there are no layers.
         DataError: when inputs are needed and there are none.
         NumericsError: when inputs are not finite.
         UnsupportedModelError: when calibration never runs one of the matrices.
@@ -332,6 +333,11 @@ def _prune_with_data(
 ) -> None:
     """Layers, and the matrices before, between and behind them: as data passes."""
     layers = _known_layers(model, batches)
+    if job.progress is not None and not layers:
+        raise ConfigError(
+            f"progress: {type(model).__name__} has no layers that run one after another, so that "
+            "nothing could be kept. Leave it out."
+        )
     parts = _in_order(model, matrices, layers, batches)
     dense = copy.deepcopy(model) if any(outside for outside, _ in parts) else model
     for outside, stack in parts:

@@ -1,9 +1,12 @@
 """One stage of single weights, as a recipe says it."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,6 +18,7 @@ from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
 from hf_prune.weights.patterns import Pattern, parse_pattern
 from hf_prune.weights.problem import CRITERIA, DATA_FREE, GRADIENTS, Options
+from hf_prune.weights.progress import Progress, digest_of
 from hf_prune.weights.prune import Pruned, prune_weights_
 from hf_prune.weights.walk import Inputs
 
@@ -92,8 +96,29 @@ def find_stage(model: nn.Module, stage: Prune) -> list[Matrix]:
     return matrices
 
 
+def _progress(
+    folder: Path | None,
+    matrices: Sequence[Matrix],
+    stage: Prune,
+    batches: Sequence[Inputs],
+    seed: int,
+) -> Progress | None:
+    """Where finished layers are kept, and what the run is: weights, stage, data and seed."""
+    if folder is None:
+        return None
+    if PartialState().num_processes > 1:
+        raise ConfigError("progress is kept on one process: leave it out on several.")
+    weights = (part for m in matrices for part in (m.name, m.parameter))
+    return Progress(folder, digest_of([stage.model_dump_json(), seed, *weights, *batches]))
+
+
 def prune_stage_(
-    model: nn.Module, stage: Prune, batches: Sequence[Inputs], seed: int
+    model: nn.Module,
+    stage: Prune,
+    batches: Sequence[Inputs],
+    seed: int,
+    *,
+    progress: Path | None = None,
 ) -> tuple[Pruned, dict[str, Any]]:
     """Prune single weights of any module in place, as a stage says.
 
@@ -102,6 +127,7 @@ def prune_stage_(
         stage: of `units: [weights]`.
         batches: calibration inputs, where the stage needs them.
         seed: of everything random.
+        progress: a folder in which finished layers are kept, so that an interrupted run goes on.
 
     Returns:
         Masks and errors, and the entry for the report.
@@ -118,7 +144,8 @@ def prune_stage_(
         scores = gradient_scores(model, matrices, batches, stage.criterion, seed)
     options = options_of(model, stage, seed, scores)
     removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
-    result = prune_weights_(model, matrices, removed, options, batches)
+    kept = _progress(progress, matrices, stage, batches, seed)
+    result = prune_weights_(model, matrices, removed, options, batches, progress=kept)
     total = sum(mask.numel() for mask in result.masks.values())
     gone = total - sum(int(mask.sum()) for mask in result.masks.values())
     entry = {
@@ -135,7 +162,12 @@ def prune_stage_(
 
 
 def sparsify_(
-    module: nn.Module, batches: Iterable[Inputs] = (), *, seed: int = 0, **fields: Any
+    module: nn.Module,
+    batches: Iterable[Inputs] = (),
+    *,
+    seed: int = 0,
+    progress: "str | os.PathLike[str] | None" = None,
+    **fields: Any,
 ) -> Pruned:
     """Prune single weights of any `nn.Module` in place: a CNN, an LSTM, a model of transformers.
 
@@ -147,14 +179,17 @@ def sparsify_(
         batches: calibration inputs: tensors, tuples of arguments, or dicts for transformers. Not
             needed with `criterion="magnitude", reconstruct=False, weights={"dense_target": False}`.
         seed: of everything random.
+        progress: a folder in which finished layers of a known family are kept: a run that was
+            broken off goes on there when the dense module is passed again.
         fields: of a recipe's stage `prune` with `units: [weights]`: `sparsity` or
             `weights={"pattern": "2:4"}`, `criterion`, `solver`, `ignore`.
 
     Returns:
         `masks` by parameter name, True where a weight stays: `KeepZeros(masks)` keeps zeros in a
-        Trainer; and the relative `errors` of the outputs of each matrix.
+        Trainer; the relative `errors` of the outputs of each matrix; and the layers `resumed`.
 
     Raises:
+        CheckpointError: when `progress` is of another run.
         ConfigError: for fields that are unknown or do not go together.
         DataError: when inputs are needed and there are none.
         NumericsError: when weights or inputs are not finite.
@@ -169,7 +204,8 @@ def sparsify_(
             "sparsify_ prunes any module in one shot: leave schedule to PruneCallback, and "
             "polish_steps to compress()."
         )
-    return prune_stage_(module, stage, list(batches), seed)[0]
+    folder = None if progress is None else Path(progress)
+    return prune_stage_(module, stage, list(batches), seed, progress=folder)[0]
 
 
 def _mean(values: Sequence[float]) -> float | None:

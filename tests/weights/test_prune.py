@@ -172,6 +172,40 @@ def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
         run(tiny("llama"), batches, progress=Progress(tmp_path / "state", "another"))
 
 
+def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monkeypatch):
+    batches = [inputs_for("llama", seed) for seed in range(2)]
+    whole, told = tiny("llama"), {"sparsity": 0.5, "progress": tmp_path / "state"}
+    sparsify_(whole, batches, sparsity=0.5)
+    real, done = room.prune_block, []
+
+    def dies(block, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(block.prefix)
+        return real(block, *args)
+
+    monkeypatch.setattr(room, "prune_block", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sparsify_(tiny("llama"), batches, **told)
+    monkeypatch.setattr(room, "prune_block", real)
+    model = tiny("llama")
+    assert sparsify_(model, batches, **told).resumed == ["model.layers.0"]
+    for (key, ours), theirs in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs[1], atol=1e-5, rtol=1e-5, msg=key)
+    other = tiny("llama")
+    other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1.0
+    for changed, data, fields in (
+        (other, batches, {}),
+        (tiny("llama"), batches[:1], {}),
+        (tiny("llama"), batches, {"seed": 1}),
+        (tiny("llama"), batches, {"sparsity": 0.6}),
+    ):
+        with pytest.raises(CheckpointError, match="is from a run with another model, recipe or"):
+            sparsify_(changed, data, **{**told, **fields})
+    with pytest.raises(ConfigError, match="Linear has no layers that run one after another"):
+        sparsify_(nn.Linear(4, 4), [torch.randn(8, 4)], **told)
+
+
 def test_pruning_by_norms_goes_on_too(tiny, inputs_for, tmp_path, monkeypatch):
     batches = [inputs_for("llama", seed) for seed in range(2)]
     told = {"criterion": "wanda", "dense_target": False, "refit_steps": 0}
