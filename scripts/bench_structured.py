@@ -3,6 +3,7 @@
 Rows are kept as they come, so that an interrupted run goes on where it was.
 """
 
+import copy
 import math
 import statistics
 import time
@@ -80,6 +81,13 @@ LEVELS: dict[str, dict[str, Any]] = {
     "4x": {"target": {"speedup": "4x", "batch_size": 32}},
 }
 """How much goes. A speed-up is that of the whole model, 32 sequences of 64 tokens."""
+GROWTH: dict[str, dict[str, int]] = {
+    "3 layers": {"num_hidden_layers": 3},
+    "12 layers": {"num_hidden_layers": 12},
+    "width 192": {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6},
+    "width 768": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 24},
+}
+"""Sizes beside those of MiniLM-L6: 6 layers, width 384, 12 heads, 1,536 neurons."""
 TOKENS = 64
 """Tokens of a sequence when time is measured."""
 
@@ -186,16 +194,16 @@ def _classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--model", "folder", required=True, type=click.Path(path_type=Path, exists=True))
 def cost(out: Path, folder: Path) -> None:
-    """Seconds of each stage: by samples, and for a family of four targets beside one."""
+    """Seconds of each stage, by samples, layers and width; a family of targets beside one."""
     rows, (model, tokenizer, train) = Rows(out), _classifier(folder)
     method = "kfac_obs knapsack"
     for samples in (128, 256, 512, 1024):
         batches = padded(tokenizer, train.select(range(samples)), 128, 32)
-        stage = prune_stage(method, {"sparsity": 0.5, "of": "layers"}, calibration_samples=samples)
-        start = time.process_time()
-        seconds = prune_once(analyse(model, stage, batches, 0), stage).entry["seconds"]
-        row = {"cpu_seconds": time.process_time() - start, "seconds": seconds}
+        row = _cost(model, method, batches)
         rows.add(f"{samples} samples", {**row, "peak_bytes": peak_bytes()})
+    few = padded(tokenizer, train.select(range(128)), 128, 32)
+    for name, sizes in GROWTH.items():
+        rows.add(f"128 samples, {name}", _cost(_of_size(model, sizes), method, few))
     batches = padded(tokenizer, train.select(range(512)), 128, 32)
     goals = [{"sparsity": value, "of": "layers"} for value in (0.5, 0.67, 0.8, 0.9)]
     for name, wanted in (("one target", goals[:1]), ("family of four", goals)):
@@ -206,6 +214,23 @@ def cost(out: Path, folder: Path) -> None:
             prune_once(analysis, stage)
         rows.add(name, {"cpu_seconds": time.process_time() - start})
     rows.add("training step", {"seconds_of_5000_samples": _epoch_seconds(model)})
+
+
+def _cost(model: PreTrainedModel, method: str, batches: Batches) -> dict[str, Any]:
+    """CPU seconds of halving a model, and wall seconds of each step."""
+    stage = prune_stage(method, {"sparsity": 0.5, "of": "layers"}, calibration_samples=1024)
+    start = time.process_time()
+    seconds = prune_once(analyse(model, stage, batches, 0), stage).entry["seconds"]
+    return {"cpu_seconds": time.process_time() - start, "seconds": seconds}
+
+
+def _of_size(model: PreTrainedModel, sizes: dict[str, int]) -> PreTrainedModel:
+    """A model of other sizes, its weights random: for times alone."""
+    config = copy.deepcopy(model.config)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    made: PreTrainedModel = type(model)(config).eval()
+    return made
 
 
 def _epoch_seconds(model: PreTrainedModel, steps: int = 6) -> float:

@@ -11,10 +11,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
+STAGES = ("statistics", "scores", "dense_pass", "solve", "remove", "reconstruct")
+"""Of a structured decision, each with its wall time."""
 COLUMNS = (
     ("accuracy", "accuracy", "{:.4f}"),
     ("f1", "F1", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),
+    ("plots", "perplexity of film plots", "{:.2f}"),
+    ("tokens", "tokens learned from", "{:d}"),
     ("kept_of_dense", "of dense", "{:.4f}"),
     ("recovered", "recovered", "{:.4f}"),
     ("sparsity", "sparsity", "{:.4f}"),
@@ -28,6 +32,7 @@ COLUMNS = (
     ("cpu_seconds", "CPU s", "{:.1f}"),
     ("cpu_seconds_per_layer", "CPU s a layer", "{:.2f}"),
     ("over_two_forward_passes", "over two forward passes", "{:.2f}"),
+    *((f"seconds.{stage}", stage.replace("_", " ") + " s", "{:.1f}") for stage in STAGES),
     ("seconds_of_5000_samples", "CPU s of an epoch of 5,000", "{:.0f}"),
     ("kills", "killed and resumed", "{:d}"),
     ("identical", "identical", "{:d}"),
@@ -93,7 +98,8 @@ def grid(rows: dict[str, dict[str, Any]], name: str) -> list[str]:
         lines.append([method, *(_cell(v, form, alone=seeds == 1) for v in values)])
     made = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     count = "" if seeds == 1 else ", median over seeds (their number)"
-    return [*([table(others)] if others else []), f"{TITLES[key]}{count}:", made]
+    shown = [*([table(others)] if others else []), f"{TITLES[key]}{count}:", made]
+    return shown + stage_table(rows, next(iter(cells), ""))
 
 
 def _cell(values: list[float] | None, form: str, *, alone: bool) -> str:
@@ -103,8 +109,26 @@ def _cell(values: list[float] | None, form: str, *, alone: bool) -> str:
 
 
 def _values(row: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a row, those of its timing among them."""
-    return {**(row.get("timing") or {}), **row}
+    """The figures of a row, those of its timing and of its stages among them."""
+    seconds = row.get("seconds")
+    stages = seconds if isinstance(seconds, dict) else {}
+    named = {f"seconds.{stage}": value for stage, value in stages.items()}
+    return {**(row.get("timing") or {}), **named, **row}
+
+
+def stage_table(rows: dict[str, dict[str, Any]], method: str) -> list[str]:
+    """How long each stage of one method took, and its peak memory, where rows say it."""
+    keys = ("cpu_seconds", "seconds", "peak_bytes")
+    found = {
+        title: {key: row[key] for key in keys if key in row}
+        for title, row in rows.items()
+        if f" {method}" in title and isinstance(row.get("seconds"), dict)
+    }
+    return (
+        ["Wall time of each stage of the first method, where other work ran too:", table(found)]
+        if found
+        else []
+    )
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
