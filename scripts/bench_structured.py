@@ -149,14 +149,15 @@ def _text_row(analysis: Analysis, stage: Prune, test: Batches, dense: float) -> 
 @click.command()
 @text_options
 @click.option("--methods", default=";".join(METHODS), help="Some of the methods.")
-def text(out: Path, methods: str, **about: Any) -> None:
+@click.option("--levels", default=";".join(LEVELS), help="Some of the levels.")
+def text(out: Path, methods: str, levels: str, **about: Any) -> None:
     """Accuracy of a fine-tuned classifier, nothing trained after removal."""
     case, seed = text_case(out, **about), about["seed"]
     for method, analysis in _analyses(case.model, case.calibration, seed, methods.split(";")):
-        for level, goal in LEVELS.items():
+        for level in levels.split(";"):
             key = f"{about['data']} {level} {method} seed {seed}"
             if key not in case.rows:
-                stage = prune_stage(method, goal)
+                stage = prune_stage(method, LEVELS[level])
                 case.rows.add(key, _text_row(analysis, stage, case.test, case.dense))
 
 
