@@ -89,9 +89,11 @@ def _said(model: PreTrainedModel, output: Any) -> str:
             f"{type(model).__name__} has no head, and so predicts nothing that labels could be "
             "drawn from. Load the model with the head of its task, or use criterion: kfac_obs."
         )
-    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "multi_label_classification":
         return "flags"
-    return "numbers" if logits_of(output).shape[-1] == 1 else "classes"
+    numbers = problem == "regression" or logits_of(output).shape[-1] == 1
+    return "numbers" if numbers else "classes"
 
 
 def project_logits(
