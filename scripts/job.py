@@ -219,7 +219,7 @@ class Job:
         if isinstance(stage, Distill):
             callbacks.append(DistillCallback(self.teacher(stage), **distill_fields(stage)))
         if prunes:
-            known = self._examples(prunes[0]) if needs_calibration(prunes[0]) else ()
+            known = self._examples(prunes[0]) if needs_calibration(prunes[0]) else None
             whole = Recipe(seed=self.recipe.seed, stages=(*prunes, stage))
             gradual = PruneCallback(whole, calibration=known)
             callbacks.append(gradual)
