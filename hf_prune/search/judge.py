@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError
-from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.projection import logits_of
+from hf_prune.statistics.projection import real_logits
 from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.dense import MAX_STORED_BYTES, held_out_examples
 
@@ -24,10 +24,7 @@ def centred_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits of examples or of real tokens, less their mean over classes, in float32."""
     batch = to_device(batch, model.device)
     with in_eval(model):
-        values = logits_of(model(**forward_kwargs(model, batch, labels=False))).float()
-    mask = token_mask(model, batch)
-    if values.ndim == 3 and values.shape[:2] == mask.shape:
-        values = values[mask]  # [B, T, C] -> [real tokens, C]
+        values = real_logits(model, batch, model(**forward_kwargs(model, batch, labels=False)))
     return values - values.mean(dim=-1, keepdim=True)
 
 
