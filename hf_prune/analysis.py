@@ -24,10 +24,9 @@ from hf_prune.statistics.batches import (
     counted_positions,
     forward_kwargs,
     to_device,
-    token_mask,
 )
 from hf_prune.statistics.collect import collect, sum_over_processes
-from hf_prune.statistics.projection import logits_of
+from hf_prune.statistics.projection import real_logits
 from hf_prune.statistics.score import score
 from hf_prune.statistics.streams import in_eval
 from hf_prune.statistics.texts import class_numbers, read_examples
@@ -94,13 +93,6 @@ def _by_unit(ranking: Ranking) -> list[float]:
     return [float(value) for value in values]
 
 
-def _tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """The logits that count, `[n, C]`: of examples, or of real tokens."""
-    if values.ndim == 3 and values.shape[:2] == mask.shape:
-        return values[mask]  # [B, T, C] -> [real tokens, C]
-    return values.flatten(0, -2)
-
-
 def _compare(dense: Tensor, masked: Tensor) -> Tensor:
     """Sums over examples or tokens of KL divergence and squared logit error, and their number."""
     p, q = torch.log_softmax(dense, dim=-1), torch.log_softmax(masked, dim=-1)
@@ -162,9 +154,9 @@ def _curves(
     try:
         for batch in batches:
             batch = to_device(batch, model.device)
-            kwargs, mask = forward_kwargs(model, batch, labels=labelled), token_mask(model, batch)
+            kwargs = forward_kwargs(model, batch, labels=labelled)
             given = model(**kwargs)
-            dense = _tokens(logits_of(given).float(), mask)
+            dense = real_logits(model, batch, given)
             if labelled:
                 whole[0] += _told(model, batch, given)
             for row, site in zip(sums, sites, strict=True):
@@ -173,7 +165,7 @@ def _curves(
                     gate[rankings[site.name].order[: round(fraction * site.units)]] = 0.0
                     gates.values = {site.name: gate}
                     output = model(**kwargs)
-                    masked = _tokens(logits_of(output).float(), mask).to(dense)
+                    masked = real_logits(model, batch, output).to(dense)
                     row[index, :3] += _compare(dense, masked)
                     if labelled:
                         row[index, 3:] += _told(model, batch, output)

@@ -1,10 +1,11 @@
 """Texts without labels, from which a student learns what its teacher knows of language."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from hf_prune.errors import DataError
 
@@ -44,3 +45,10 @@ def general_rows(
         return_overflowing_tokens=tokenizer.is_fast,
     )
     return Dataset.from_dict({name: coded[name] for name in tokenizer.model_input_names})
+
+
+def general_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+    """What makes batches of such rows; without a token for padding, with that of the end."""
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = padding.pad_token or padding.eos_token
+    return DataCollatorWithPadding(padding)

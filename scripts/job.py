@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from arguments import FLOOR, Arguments, columns_of, cut, hold_out, load_data
 from datasets import Dataset, DatasetDict
-from general import general_rows, read_general
+from general import general_collator, general_rows, read_general
 from packaged import strip_quantizer
 from tasks import TASKS
 from timing import time_stages
@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -186,7 +185,7 @@ class Job:
         """What a stage learns from, and its collator."""
         if isinstance(stage, Distill) and stage.data == "texts":
             rows = general_rows(self.texts, self.tokenizer, self.arguments.max_length)
-            return rows, DataCollatorWithPadding(self.tokenizer)
+            return rows, general_collator(self.tokenizer)
         taught = isinstance(stage, Distill) and self.student_rows is not None
         return (self.student_rows if taught else self.data["train"]), self.collator
 
@@ -219,7 +218,7 @@ class Job:
         if isinstance(stage, Distill):
             callbacks.append(DistillCallback(self.teacher(stage), **distill_fields(stage)))
         if prunes:
-            known = self._examples(prunes[0]) if needs_calibration(prunes[0]) else ()
+            known = self._examples(prunes[0]) if needs_calibration(prunes[0]) else None
             whole = Recipe(seed=self.recipe.seed, stages=(*prunes, stage))
             gradual = PruneCallback(whole, calibration=known)
             callbacks.append(gradual)

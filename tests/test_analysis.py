@@ -16,6 +16,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.gates.plans import close_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
+from hf_prune.statistics.projection import real_logits
 from hf_prune.statistics.score import score
 from hf_prune.statistics.texts import class_numbers, read_examples
 
@@ -254,3 +255,19 @@ def test_what_is_no_table_and_no_classifier(saved, tmp_path, tiny):
     one.config.num_labels = 1
     assert class_numbers(one, [0.5, 3]).tolist() == [0.5, 3.0]
     assert class_numbers(tiny("bert"), [2, 0]).dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_padding_of_a_decoder_is_that_of_its_labels(tiny, inputs_for, name):
+    """Not that of the encoder, although both are of one length here."""
+    model, batch = tiny(name), inputs_for(name)
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][0, 2:] = -100
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 1:] = 0
+    with torch.no_grad():
+        output = model(**batch)
+    real = batch["labels"] != -100
+    assert torch.equal(real_logits(model, batch, output), output.logits[real])
+    del batch["labels"]
+    assert len(real_logits(model, batch, output)) == batch["attention_mask"].sum()

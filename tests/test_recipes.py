@@ -351,6 +351,18 @@ def test_texts_without_labels_are_cut_and_taught(folder, files, tokenizer):
     assert not torch.equal(job.model.get_input_embeddings().weight, before)
 
 
+def test_texts_are_padded_where_a_tokenizer_has_no_token_for_it():
+    """As those of most causal language models."""
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.pad_token, tokenizer.eos_token = None, tokenizer.sep_token
+    rows = general.general_rows(["good film", "a good film is fine"], tokenizer, 16)
+    batch = general.general_collator(tokenizer)([rows[0], rows[1]])
+    short = batch["attention_mask"][0] == 0
+    assert short.any()
+    assert (batch["input_ids"][0][short] == tokenizer.eos_token_id).all()
+    assert tokenizer.pad_token is None, "it is saved as it was"
+
+
 def test_texts_have_no_labels_to_learn_from():
     with pytest.raises(ValueError, match="set alpha to 1"):
         Distill(data="texts", alpha=0.9)

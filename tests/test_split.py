@@ -157,7 +157,8 @@ def test_the_judge_is_not_fitted(tiny, inputs_for, monkeypatch):
 
     assert not set(rows(judge.fitted)) & set(rows(judge.examples))
     assert sorted(rows(judge.fitted) + rows(judge.examples)) == sorted(rows(batches))
-    assert judge.error(model) == 0
+    assert judge.error(model.train()) == 0
+    assert model.training, "a model stays in the mode that it was in"
     used = []
     plain = __import__("hf_prune.split", fromlist=["prune_stage_"]).prune_stage_
 

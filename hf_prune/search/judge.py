@@ -2,41 +2,38 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError
-from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.projection import logits_of
-from hf_prune.surgery.dense import held_out_examples
+from hf_prune.statistics.projection import real_logits
+from hf_prune.statistics.streams import in_eval
+from hf_prune.surgery.dense import MAX_STORED_BYTES, held_out_examples
 
 JUDGES = 1
 """Seed of the examples that judge networks; the others are fitted, with judges of their own."""
 
 
 @torch.no_grad()
-def logits_on(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
-    """The logits of examples or of real tokens, batch by batch, less their mean over classes."""
-    model.eval()
-    found = []
-    for batch in batches:
-        batch = to_device(batch, model.device)
-        values = logits_of(model(**forward_kwargs(model, batch, labels=False))).float()
-        mask = token_mask(model, batch)
-        if values.ndim == 3 and values.shape[:2] == mask.shape:
-            values = values[mask]  # [B, T, C] -> [real tokens, C]
-        found.append(values - values.mean(dim=-1, keepdim=True))
-    return found
+def centred_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits of examples or of real tokens, less their mean over classes, in float32."""
+    batch = to_device(batch, model.device)
+    with in_eval(model):
+        values = real_logits(model, batch, model(**forward_kwargs(model, batch, labels=False)))
+    return values - values.mean(dim=-1, keepdim=True)
 
 
 @dataclass
 class Judge:
     """Calibration examples that judge networks, about one in five, and the others.
 
-    The same ones judge however they are batched, and on whatever process they are.
+    The same ones judge however they are batched, and on whatever process they are. Logits of the
+    dense network are kept as far as they fit into `MAX_STORED_BYTES`, and else computed again.
 
     Attributes:
         dense: what networks are compared with; not changed.
@@ -62,12 +59,21 @@ class Judge:
         found = torch.tensor(counts, device=self.dense.device)
         if not bool((sum_over_processes(found) > 0).all()):
             raise DataError("too few calibration examples to search with: pass some dozens.")
-        self.logits = logits_on(self.dense, self.examples)
+        self.logits: list[Tensor] = []
+        held = 0
+        for batch in self.examples:
+            values = centred_logits(self.dense, batch)
+            held += values.numel() * values.element_size()
+            if held > MAX_STORED_BYTES:
+                break
+            self.logits.append(values)
 
     def error(self, candidate: PreTrainedModel) -> float:
         """Mean squared change of the logits on the examples that judge, of all processes."""
         sums = torch.zeros(2, dtype=torch.float64)
-        for ours, theirs in zip(logits_on(candidate, self.examples), self.logits, strict=True):
+        for batch, stored in zip_longest(self.examples, self.logits):
+            theirs = centred_logits(self.dense, batch) if stored is None else stored
+            ours = centred_logits(candidate, batch)
             sums += torch.tensor([float((ours - theirs).square().sum()), ours.numel()])
         total, number = sum_over_processes(sums.to(self.dense.device)).tolist()
         return float(total / number)

@@ -35,6 +35,26 @@ def logits_of(output: Any) -> Tensor:
     return result
 
 
+def real_logits(model: PreTrainedModel, batch: Batch, output: Any) -> Tensor:
+    """What a model says of each example, or of each real token, `[n, C]`, in float32.
+
+    Args:
+        model: that gave the output.
+        batch: on its device. The tokens of a decoder are real where its mask or labels say so.
+        output: of the model.
+    """
+    values = logits_of(output).float()
+    told = {"labels", "decoder_attention_mask"} & set(batch)
+    if values.ndim == 3:
+        decoder = bool(model.config.is_encoder_decoder) and bool(told)
+        mask = (
+            sequence_mask(model, batch, "decoder", values) if decoder else token_mask(model, batch)
+        )
+        if values.shape[:2] == mask.shape:
+            return values[mask]  # [B, T, C] -> [real tokens, C]
+    return values.flatten(0, -2)
+
+
 def _directions(values: Tensor, generator: torch.Generator, *, language: bool) -> Tensor:
     """Random `v` for the logits of one example, in the shape of `values`, without gradient.
 
@@ -89,9 +109,11 @@ def _said(model: PreTrainedModel, output: Any) -> str:
             f"{type(model).__name__} has no head, and so predicts nothing that labels could be "
             "drawn from. Load the model with the head of its task, or use criterion: kfac_obs."
         )
-    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "multi_label_classification":
         return "flags"
-    return "numbers" if logits_of(output).shape[-1] == 1 else "classes"
+    numbers = problem == "regression" or logits_of(output).shape[-1] == 1
+    return "numbers" if numbers else "classes"
 
 
 def project_logits(

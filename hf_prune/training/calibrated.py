@@ -18,7 +18,7 @@ from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import Prune
-from hf_prune.sites import Site, base_model, find_sites
+from hf_prune.sites import Site, base_model, find_sites, projection
 from hf_prune.statistics.batches import Batch, first_examples
 from hf_prune.statistics.collect import collect
 from hf_prune.statistics.score import score
@@ -30,8 +30,15 @@ from hf_prune.targets import Chooser
 
 
 def narrowed(model: PreTrainedModel, plan: Plan | None) -> PreTrainedModel:
-    """A copy of a model that trains, without its hooks and without what a plan removes."""
+    """A copy of a model that trains, without its hooks and without what a plan removes.
+
+    Without the mixed precision of the Trainer, too: layers that are run one by one know nothing of
+    it.
+    """
     left = copy.deepcopy(shared_copy(model))
+    plain = left.__dict__.pop("_original_forward", None)  # where Accelerate keeps it
+    if plain is not None:
+        left.__dict__["forward"] = plain
     if plan is not None:
         remove_units(left, plan)
     return left
@@ -152,12 +159,12 @@ def refit_into_(
     step = _step(before, after)
     remove_units(small, step)
     fitted = refit_as_asked(small, targets, stage, step)
-    modules = {site.gate.module: base_model(small) for site in find_sites(small, stage.units)}
-    paths = {id(module): name for name, module in small.named_modules()}
+    base, paths = base_model(small), {id(m): name for name, m in small.named_modules()}
+    modules = {s.gate.module: projection(base, s.gate.module) for s in find_sites(small)}
     names = [
-        f"{paths[id(base.get_submodule(module))]}.{name}"
-        for module, base in modules.items()
-        for name, _ in base.get_submodule(module).named_parameters(recurse=False)
+        f"{paths[id(module)]}.{name}"
+        for module in modules.values()
+        for name, _ in module.named_parameters(recurse=False)
     ]
     for name, positions in survivors(model, after, names).items():
         _write(model.get_parameter(name), positions, small.get_parameter(name))

@@ -57,9 +57,9 @@ def _scheduled_stages(recipe: Recipe) -> tuple[Prune, ...]:
     return stages
 
 
-def _pruning(stages: tuple[Prune, ...], seed: int, calibration: Sequence[Batch]) -> Pruning:
+def _pruning(stages: tuple[Prune, ...], seed: int, calibration: Sequence[Batch] | None) -> Pruning:
     first = stages[0]
-    if calibration and (not first.structural or first.masks != "scored"):
+    if calibration is not None and (not first.structural or first.masks != "scored"):
         raise ConfigError(
             "calibration is for heads and neurons with masks: scored; single weights, and masks "
             "that are learned, see the batches of training: leave it out."
@@ -119,7 +119,7 @@ class PruneCallback(TrainerCallback):
         resume_from: folder of the checkpoint, when training resumes from another output folder.
         calibration: batches, dicts of tensors, of the process. With them every decision is the step
             of `compress`: any of its criteria, and output projections that are re-fitted. A run
-            that is resumed needs the same ones.
+            that is resumed needs the same ones. None: decisions are by the gradients of training.
 
     Attributes:
         plan: what stays, once training has ended.
@@ -136,7 +136,7 @@ class PruneCallback(TrainerCallback):
         recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
         resume_from: "str | os.PathLike[str] | None" = None,
         *,
-        calibration: Iterable[Batch] = (),
+        calibration: Iterable[Batch] | None = None,
     ) -> None:
         loaded = load_recipe(recipe)
         self.stages = _scheduled_stages(loaded)
@@ -145,7 +145,8 @@ class PruneCallback(TrainerCallback):
         self.schedule: Schedule = self.stage.schedule
         self.seed = loaded.seed
         self.resume_from = resume_from
-        self.pruning = _pruning(self.stages, loaded.seed, list(calibration))
+        known = None if calibration is None else list(calibration)
+        self.pruning = _pruning(self.stages, loaded.seed, known)
         self.interrupt = Interrupt()
         self._reset()
 

@@ -93,12 +93,12 @@ class StructuredPruning:
     """The state of a structured stage in a running training.
 
     Attributes:
-        calibration: examples, by which every decision is taken and re-fitted; none: by gradients.
+        calibration: examples, by which every decision is taken and re-fitted; None: by gradients.
     """
 
     stage: Prune
     seed: int
-    calibration: Sequence[Batch] = ()
+    calibration: Sequence[Batch] | None = None
     model: PreTrainedModel | None = None
     sites: list[Site] = field(default_factory=list)
     chooser: Chooser | None = None
@@ -112,7 +112,7 @@ class StructuredPruning:
 
     def __post_init__(self) -> None:
         get_solver(self.stage.solver)
-        if needs_calibration(self.stage) and not self.calibration:
+        if needs_calibration(self.stage) and self.calibration is None:
             missing = set(needs(get_criterion(self.stage.criterion))) - TRAINING_STATISTICS
             raise ConfigError(
                 f"criterion {self.stage.criterion!r} needs {sorted(missing)}, which training "
@@ -121,6 +121,13 @@ class StructuredPruning:
             )
 
         schedule = self.stage.schedule
+        refits = self.calibration is not None and self.stage.reconstruct
+        if schedule is not None and refits and (schedule.rewind or schedule.stop_metric):
+            raise ConfigError(
+                "with calibration examples every decision re-fits weights to the units that are "
+                "left. rewind would take that back, and the last good plan of stop_metric has "
+                "other units: write reconstruct: false, or leave rewind and stop_metric out."
+            )
         if schedule is not None and schedule.regrow and not self.needs_gradients():
             raise ConfigError(
                 "regrow needs a criterion that reads the gradients of training, by which closed "
@@ -131,7 +138,7 @@ class StructuredPruning:
     def start(self, model: PreTrainedModel) -> None:
         """Find the sites and attach gates, all open."""
         self.model = model
-        if self.calibration:
+        if self.calibration is not None:
             self.calibration = take(
                 model,
                 self.calibration,
@@ -149,7 +156,8 @@ class StructuredPruning:
 
     def needs_gradients(self) -> bool:
         """Whether the gradients of training are read."""
-        return not self.calibration and "gate_grad" in needs(get_criterion(self.stage.criterion))
+        by_gradients = "gate_grad" in needs(get_criterion(self.stage.criterion))
+        return self.calibration is None and by_gradients
 
     def before_step(self) -> None:
         """Gates hold from step to step."""
@@ -231,8 +239,8 @@ class StructuredPruning:
     def decide(self, share: float) -> None:
         """Choose what stays at `share` of the final sparsity, and close the other gates."""
         assert self.model is not None  # noqa: S101  # start() came first
-        if self.calibration:
-            self._decide_calibrated(self.model, share)
+        if self.calibration is not None:
+            self._decide_calibrated(self.model, self.calibration, share)
             return
         rankings = score(
             self.model, self.sites, self.stage.criterion, self._statistics(), self.seed
@@ -240,17 +248,17 @@ class StructuredPruning:
         self.take(self._select(rankings, share))
         self.sums, self.steps, self.overflows = {}, 0, 0
 
-    def _decide_calibrated(self, model: PreTrainedModel, share: float) -> None:
+    def _decide_calibrated(
+        self, model: PreTrainedModel, known: Sequence[Batch], share: float
+    ) -> None:
         """Take the step of one-shot pruning from what has gone so far."""
         assert self.chooser is not None  # noqa: S101  # start() came first
         before = None if self.selection is None else self.selection.plan
         left = narrowed(model, before)
-        rankings = rank_what_is_left(
-            left, self.sites, before, self.stage, self.calibration, self.seed
-        )
+        rankings = rank_what_is_left(left, self.sites, before, self.stage, known, self.seed)
         chosen = never_more(self._select(rankings, share), before, rankings, self.chooser)
         if self.stage.reconstruct:
-            refit_into_(model, left, before, chosen.plan, self.stage, self.calibration)
+            refit_into_(model, left, before, chosen.plan, self.stage, known)
         self.take(chosen)
 
     def _select(self, rankings: Mapping[str, Ranking], share: float) -> Selection:

@@ -98,18 +98,19 @@ def find_stage(model: nn.Module, stage: Prune) -> list[Matrix]:
 
 def _progress(
     folder: Path | None,
-    matrices: Sequence[Matrix],
+    module: nn.Module,
     stage: Prune,
     batches: Sequence[Inputs],
     seed: int,
 ) -> Progress | None:
-    """Where finished layers are kept, and what the run is: weights, stage, data and seed."""
+    """Where finished layers are kept, and what the run is: module, stage, data and seed."""
     if folder is None:
         return None
     if PartialState().num_processes > 1:
         raise ConfigError("progress is kept on one process: leave it out on several.")
-    weights = (part for m in matrices for part in (m.name, m.parameter))
-    return Progress(folder, digest_of([stage.model_dump_json(), seed, *weights, *batches]))
+    return Progress(
+        folder, digest_of([stage.model_dump_json(), seed, module.state_dict(), *batches])
+    )
 
 
 def prune_stage_(
@@ -144,7 +145,7 @@ def prune_stage_(
         scores = gradient_scores(model, matrices, batches, stage.criterion, seed)
     options = options_of(model, stage, seed, scores)
     removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
-    kept = _progress(progress, matrices, stage, batches, seed)
+    kept = _progress(progress, model, stage, batches, seed)
     result = prune_weights_(model, matrices, removed, options, batches, progress=kept)
     total = sum(mask.numel() for mask in result.masks.values())
     gone = total - sum(int(mask.sum()) for mask in result.masks.values())

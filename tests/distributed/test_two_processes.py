@@ -132,7 +132,7 @@ def checksum(trained):
     return float(sum(p.detach().double().abs().sum() for p in trained.parameters()))
 
 
-def gradually(folder, recipe, calibration=()):
+def gradually(folder, recipe, calibration=None):
     """The plan of a training that prunes, and the sum of the weights in the end."""
     callback, student = PruneCallback(recipe, calibration=calibration), model()
     ids, labels = data()

@@ -1,5 +1,7 @@
 """Statistics against one example, one unit at a time; and the same for every split into batches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tinies import CORE
@@ -8,9 +10,9 @@ from hf_prune.criteria import STATISTICS, needs
 from hf_prune.errors import ConfigError, DataError, NumericsError
 from hf_prune.gates.attach import attach_gates
 from hf_prune.sites import base_model, find_sites, projection
-from hf_prune.statistics.batches import example_seed, sequence_mask
+from hf_prune.statistics.batches import example_seed, sequence_mask, token_mask
 from hf_prune.statistics.collect import SEED_STEP, collect
-from hf_prune.statistics.projection import _directions, _drawn, project_logits
+from hf_prune.statistics.projection import _directions, _drawn, project_logits, project_output
 
 families = pytest.mark.parametrize("name", [*CORE, "opt"])
 GRADIENTS = ("gate_grad", "projected_fisher")
@@ -481,6 +483,18 @@ def test_draws_of_other_tasks(tiny, inputs_for, problem, classes):
     del batch["labels"]
     found = collect(model, sites, [batch], FACTORS["sample"])
     assert all(found[s.name]["sampled_hessian"].diagonal().max() > 0 for s in sites)
+
+
+def test_several_numbers_are_no_classes(tiny, inputs_for):
+    """A normal deviate for each number, whose sum is not that of a class less its chance."""
+    model, batch = tiny("bert"), inputs_for("bert")
+    model.config.problem_type = "regression"
+    rows = zip(batch["input_ids"], token_mask(model, batch), strict=True)
+    seeds = [example_seed(*row, 0) for row in rows]
+    output = SimpleNamespace(logits=torch.ones(len(seeds), 3))
+    found = project_output(model, batch, output, 0, sampled=True)
+    drawn = [torch.randn(1, 3, generator=torch.Generator().manual_seed(s)).sum() for s in seeds]
+    torch.testing.assert_close(found, torch.stack(drawn))
 
 
 def test_nothing_is_drawn_from_a_model_without_a_head(tiny, inputs_for):

@@ -8,7 +8,7 @@ from test_resume import KillAt, Killed, recipe, trainer
 
 from hf_prune import PruneCallback, compress, last_checkpoint
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.measure.counts import count_encoder_parameters
 from hf_prune.training.calibrated import _whole
 
@@ -42,6 +42,53 @@ def test_one_decision_without_learning_is_compress(tiny, inputs_for, tmp_path, n
     with torch.no_grad():
         logits = model(**known[0]).logits
     torch.testing.assert_close(masked, logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_sites_that_lose_nothing_are_re_fitted_too(tiny, inputs_for, name):
+    """Attention behind narrowed feed-forward blocks repairs what these lost, as in `compress`."""
+    model, known = tiny(name), batches(inputs_for, name, 30)
+    stage = {**KFAC, "units": ["neurons"], "sparsity": 0.2, "calibration_samples": 256}
+    expected = compress(model, {"stages": [{"stage": "prune", **stage}]}, known).model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    once = recipe({"kind": "one_shot", "end": 1.0, "every": 1}, **stage)
+    callback = PruneCallback(once, calibration=known)
+    callback.on_train_begin(_Arguments, _State(), None, model=model)
+    callback.pruning.decide(1.0)
+    callback.pruning.finish()
+    wide = [k for k, v in expected.state_dict().items() if v.shape == before[k].shape]
+    attention = [k for k in wide if "att" in k]
+    assert any(not torch.equal(expected.state_dict()[k], before[k]) for k in attention)
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["albert", "electra"])
+def test_mixed_precision(tiny, inputs_for, tmp_path, name):
+    """What enters the first layer is in bfloat16 while training, and in float32 for decisions."""
+    model, known = tiny(name), batches(inputs_for, name)
+    callback = PruneCallback(recipe({"every": 3}, **KFAC), calibration=known)
+    trainer(model, tmp_path, callback, save_strategy="no", bf16=True).train()
+    assert callback.selection.met
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"rewind": True}, {"stop_metric": "accuracy", "stop_below": 0.5}]
+)
+def test_a_re_fit_that_would_be_taken_back_is_refused(inputs_for, schedule):
+    """Weights that were re-fitted make up for units that have gone, and for no others."""
+    known = batches(inputs_for, "bert", 1)
+    with pytest.raises(ConfigError, match="reconstruct: false"):
+        PruneCallback(recipe(schedule, **KFAC), calibration=known)
+    PruneCallback(recipe(schedule, **KFAC, reconstruct=False), calibration=known)
+
+
+def test_an_empty_calibration_set_is_refused(tiny, tmp_path):
+    """It is not the same as none: an iterator may have been consumed, or a process have nothing."""
+    callback = PruneCallback(recipe(), calibration=iter(()))
+    with pytest.raises(DataError, match="calibration set is empty"):
+        trainer(tiny("bert"), tmp_path, callback, save_strategy="no").train()
 
 
 class _Arguments:

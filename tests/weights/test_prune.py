@@ -194,8 +194,11 @@ def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monk
         torch.testing.assert_close(ours, theirs[1], atol=1e-5, rtol=1e-5, msg=key)
     other = tiny("llama")
     other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1.0
+    norm = tiny("llama")  # of which no entry can go, but which everything passes
+    norm.model.layers[0].input_layernorm.weight.data[0] += 1.0
     for changed, data, fields in (
         (other, batches, {}),
+        (norm, batches, {}),
         (tiny("llama"), batches[:1], {}),
         (tiny("llama"), batches, {"seed": 1}),
         (tiny("llama"), batches, {"sparsity": 0.6}),
