@@ -307,7 +307,7 @@ def prune_weights_(
         Masks, and the relative error of the outputs of each matrix.
 
     Raises:
-        ConfigError: when progress is to be kept where there are no layers.
+        ConfigError: when progress is to be kept where no layers run.
         DataError: when inputs are needed and there are none.
         NumericsError: when inputs are not finite.
         UnsupportedModelError: when calibration never runs one of the matrices.
@@ -316,6 +316,11 @@ def prune_weights_(
     rest = [m for m in matrices if m not in plain]
     job = Job(removed, options, progress, _prune_without_data(plain, removed, options))
     if not rest:
+        if progress is not None:
+            raise ConfigError(
+                f"progress: {options.criterion!r} without a re-fit and a dense target runs no layer, "
+                "so that nothing could be kept. Leave it out."
+            )
         return job.result
     if not batches:
         raise DataError(

@@ -207,6 +207,9 @@ def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monk
             sparsify_(changed, data, **{**told, **fields})
     with pytest.raises(ConfigError, match="Linear has no layers that run one after another"):
         sparsify_(nn.Linear(4, 4), [torch.randn(8, 4)], **told)
+    plain = {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}}
+    with pytest.raises(ConfigError, match="'magnitude' without a re-fit .* runs no layer"):
+        sparsify_(tiny("llama"), **told, **plain)
 
 
 def test_pruning_by_norms_goes_on_too(tiny, inputs_for, tmp_path, monkeypatch):
