@@ -318,8 +318,8 @@ def prune_weights_(
     if not rest:
         if progress is not None:
             raise ConfigError(
-                f"progress: {options.criterion!r} without a re-fit and a dense target runs no layer, "
-                "so that nothing could be kept. Leave it out."
+                f"progress: {options.criterion!r} without a re-fit and a dense target runs no "
+                "layer, so that nothing could be kept. Leave it out."
             )
         return job.result
     if not batches:

@@ -208,7 +208,7 @@ def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monk
     with pytest.raises(ConfigError, match="Linear has no layers that run one after another"):
         sparsify_(nn.Linear(4, 4), [torch.randn(8, 4)], **told)
     plain = {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}}
-    with pytest.raises(ConfigError, match="'magnitude' without a re-fit .* runs no layer"):
+    with pytest.raises(ConfigError, match=r"'magnitude' without a re-fit .* runs no layer"):
         sparsify_(tiny("llama"), **told, **plain)
 
 
