@@ -29,30 +29,18 @@ SIZES = {"layers": 3, "hidden": 192, "heads": 6, "neurons": 768}
 TEACHINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "": ({},),
     " taught": ({"alpha": 0.5, "temperature": 2.0},),
-    " taught from the inside out": (
-        {
-            "alpha": 0.8,
-            "hidden": 1.0,
-            "embeddings": 1.0,
-            "attention": 1.0,
-            "ends": {"hidden": 0.0, "embeddings": 0.0, "attention": 0.0},
-        },
-    ),
     " taught in two steps": (
         {"alpha": 1.0, "logits": 0.0, "hidden": 1.0, "embeddings": 1.0, "attention": 1.0},
         {"alpha": 0.5, "temperature": 2.0},
     ),
 }
 """Of students, by what it adds to the name of a row: the stages, of which `{}` has no teacher. The
-two steps are those of TinyBERT, what is inside first; each takes half of the training steps. From
-the inside out they are one, in which the weight of what is inside goes to 0."""
+two steps are those of TinyBERT, what is inside first; each takes half of the training steps."""
 STUDENTS = (
     ("teacher", " taught"),
     ("teacher", ""),
     ("normal", " taught"),
     ("normal", ""),
-    ("normal", " taught from the inside out"),
-    ("teacher", " taught from the inside out"),
     ("teacher", " taught in two steps"),
     ("normal", " taught in two steps"),
     ("xavier", " taught"),
