@@ -1,6 +1,7 @@
 """The walk: masks are exact, each fit repairs, both paths agree, and interrupted runs go on."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -145,11 +146,9 @@ def test_padding_is_never_counted(tiny, inputs_for):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3, msg=key)
 
 
-def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
-    batches = [inputs_for("llama", seed) for seed in range(2)]
-    whole = tiny("llama")
-    run(whole, batches)
-    progress = Progress(tmp_path / "state", "this run")
+@contextmanager
+def dying_after_a_layer(monkeypatch):
+    """A walk that is broken off when it begins its second layer."""
     real, done = room.prune_block, []
 
     def dies(block, *args):
@@ -158,10 +157,18 @@ def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
         done.append(block.prefix)
         return real(block, *args)
 
-    monkeypatch.setattr(room, "prune_block", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "prune_block", dies)
+        yield
+
+
+def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
+    batches = [inputs_for("llama", seed) for seed in range(2)]
+    whole = tiny("llama")
+    run(whole, batches)
+    progress = Progress(tmp_path / "state", "this run")
+    with dying_after_a_layer(monkeypatch), pytest.raises(KeyboardInterrupt):
         run(tiny("llama"), batches, progress=progress)
-    monkeypatch.setattr(room, "prune_block", real)
     model = tiny("llama")
     result = run(model, batches, progress=progress)
     assert result.resumed == ["model.layers.0"]
@@ -176,18 +183,8 @@ def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monk
     batches = [inputs_for("llama", seed) for seed in range(2)]
     whole, told = tiny("llama"), {"sparsity": 0.5, "progress": tmp_path / "state"}
     sparsify_(whole, batches, sparsity=0.5)
-    real, done = room.prune_block, []
-
-    def dies(block, *args):
-        if done:
-            raise KeyboardInterrupt
-        done.append(block.prefix)
-        return real(block, *args)
-
-    monkeypatch.setattr(room, "prune_block", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_after_a_layer(monkeypatch), pytest.raises(KeyboardInterrupt):
         sparsify_(tiny("llama"), batches, **told)
-    monkeypatch.setattr(room, "prune_block", real)
     model = tiny("llama")
     assert sparsify_(model, batches, **told).resumed == ["model.layers.0"]
     for (key, ours), theirs in zip(model.named_parameters(), whole.named_parameters(), strict=True):
