@@ -272,6 +272,18 @@ def _tokens(matrix: Matrix, module: nn.Module, call: Call, mask: Tensor | None) 
 
 
 @torch.no_grad()
+def rows_of(matrix: Matrix, module: nn.Module, call: Call, mask: Tensor | None) -> list[Tensor]:
+    """What each group of a matrix was multiplied with in one call, `[rows, C]` each."""
+    if matrix.kind == "experts":
+        return _routed(matrix, module, call, _tokens(matrix, module, call, mask))
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return list(_patches(module, main_tensor(module, call)))
+    if isinstance(module, nn.RNNBase):
+        return [_steps(module, call, matrix.name.rpartition(".")[2])]
+    return [real_rows(main_tensor(module, call), mask)]
+
+
+@torch.no_grad()
 def paired_rows(
     matrix: Matrix,
     dense: tuple[nn.Module, Call],
@@ -286,12 +298,4 @@ def paired_rows(
         tokens = _tokens(matrix, *pruned, mask)
         ours = _routed(matrix, *pruned, tokens)
         return list(zip(_routed(matrix, *dense, tokens), ours, strict=True))
-    sides = []
-    for module, call in (dense, pruned):
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            sides.append(_patches(module, main_tensor(module, call)))
-        elif isinstance(module, nn.RNNBase):
-            sides.append(_steps(module, call, matrix.name.rpartition(".")[2]).unsqueeze(0))
-        else:
-            sides.append(real_rows(main_tensor(module, call), mask).unsqueeze(0))
-    return list(zip(sides[0], sides[1], strict=True))
+    return list(zip(rows_of(matrix, *dense, mask), rows_of(matrix, *pruned, mask), strict=True))

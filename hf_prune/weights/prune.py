@@ -2,7 +2,8 @@
 
 Of a known family one layer runs at a time, and only its dense copy is kept: the model itself holds
 the layers that are pruned already and those that are still dense. Any other module is copied, and
-run from its input as far as the matrices in question.
+run from its input as far as the matrices in question. Where what the dense network computes is not
+the target, nothing is copied, and no dense layer runs.
 """
 
 import copy
@@ -94,17 +95,21 @@ def _known_layers(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, list
 
 @dataclass
 class _Layer:
-    """One layer of a known family, in both networks, and the streams that pass through it."""
+    """One layer of a known family, in both networks, and the streams that pass through it.
+
+    Without a dense copy only the stream of the pruned network moves on.
+    """
 
     name: str
     call: str
-    dense: nn.Module
+    dense: nn.Module | None
     pruned: nn.Module
     streams: list[Stream]
     outputs: list[Tensor]
 
     def run_dense(self, index: int) -> Tensor:
         stream = self.streams[index]
+        assert self.dense is not None  # noqa: S101  # it runs only where it is the target
         self.outputs[index] = run_layer(self.dense, "", stream.dense, stream.calls[self.call])
         return self.outputs[index]
 
@@ -131,10 +136,12 @@ class _Layer:
         """Move both streams behind the layer; a block that was pruned knows most outputs."""
         for index, stream in enumerate(self.streams):
             if block is None:
-                stream.dense, stream.pruned = self.run_dense(index), self.run_pruned(index)
-                continue
-            with block.replay.on(self.pruned, index, block.done):
                 output = self.run_pruned(index)
+                if self.dense is not None:
+                    self.run_dense(index)
+            else:
+                with block.replay.on(self.pruned, index, block.done):
+                    output = self.run_pruned(index)
             stream.dense, stream.pruned = self.outputs[index], output
 
 
@@ -242,7 +249,8 @@ def prune_layers(
         here = [m for m in matrices if m.name.startswith(f"{name}.")]
         with around(name) if around is not None else nullcontext():
             outputs = [stream.dense for stream in streams]
-            layer = _Layer(name, call, copy.deepcopy(pruned), pruned, streams, outputs)
+            dense = copy.deepcopy(pruned) if job.options.dense_target else None
+            layer = _Layer(name, call, dense, pruned, streams, outputs)
             _prune_layer(model, layer, sites, here, job)
 
 
@@ -271,7 +279,7 @@ def _prune_whole(
     """Any matrices, each reached from the input of the whole model."""
     block = Block(
         "",
-        dense,
+        dense if job.options.dense_target else None,
         model,
         lambda index: call_model(dense, batches[index]),
         lambda index: call_model(model, batches[index]),
@@ -344,7 +352,8 @@ def _prune_with_data(
             "nothing could be kept. Leave it out."
         )
     parts = _in_order(model, matrices, layers, batches)
-    dense = copy.deepcopy(model) if any(outside for outside, _ in parts) else model
+    read = job.options.dense_target and any(outside for outside, _ in parts)
+    dense = copy.deepcopy(model) if read else model
     for outside, stack in parts:
         if outside:
             _prune_whole(model, dense, outside, batches, job)

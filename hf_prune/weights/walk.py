@@ -22,6 +22,7 @@ from hf_prune.weights.inputs import (
     never_ran,
     paired_rows,
     real_rows,
+    rows_of,
     traced,
 )
 from hf_prune.weights.problem import Fit, Options, Subject, solve
@@ -34,11 +35,12 @@ Inputs = Tensor | tuple[Tensor, ...] | Batch
 class Block:
     """Something that both networks can run alone on every batch: one layer, or all of a model.
 
-    `prefix` turns a module's name into its name within the block. `sums` are by such names.
+    `prefix` turns a module's name into its name within the block. `sums` are by such names. The
+    dense network is read, and needed, only where it is the target.
     """
 
     prefix: str
-    dense: nn.Module
+    dense: nn.Module | None
     pruned: nn.Module
     run_dense: Callable[[int], Any]
     run_pruned: Callable[[int], Any]
@@ -75,22 +77,25 @@ def mask_of(model: nn.Module, batch: Inputs) -> Tensor | None:
     return None if model.config.is_encoder_decoder else token_mask(model, batch)
 
 
-def _groups(block: Block, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
-    """Matrices in the order in which they are used; those that share one input tensor together."""
+def _groups(block: Block, matrices: Sequence[Matrix]) -> tuple[list[list[Matrix]], dict[str, int]]:
+    """Matrices in the order in which they are used; those that share one input tensor together.
+
+    Also how often each module is called in one run, by its name in the block.
+    """
     names = list(dict.fromkeys(block.local(matrix.module) for matrix in matrices))
-    with traced(block.dense, names) as trace:
-        block.run_dense(0)
+    with traced(block.pruned, names) as trace:
+        block.run_pruned(0)
     order = list(dict.fromkeys(trace.order))
     unused = [name for name in names if name not in order]
     if unused:
         raise never_ran(unused)
     groups: dict[tuple[int, str, str], list[Matrix]] = {}
     for name in order:
-        shared = id(main_tensor(block.dense.get_submodule(name), trace.calls[name][0]))
+        shared = id(main_tensor(block.pruned.get_submodule(name), trace.calls[name][0]))
         for matrix in (m for m in matrices if block.local(m.module) == name):
             alone = "" if matrix.kind == "linear" and name not in block.sums else matrix.name
             groups.setdefault((shared, matrix.kind, alone), []).append(matrix)
-    return list(groups.values())
+    return list(groups.values()), {name: len(calls) for name, calls in trace.calls.items()}
 
 
 @dataclass
@@ -98,26 +103,22 @@ class _Traces:
     """The dense traces of a block, kept for one layer, made again for a whole model."""
 
     block: Block
+    dense: nn.Module
     names: Sequence[str]
     kept: list[Trace] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.block.keep_traces:
             for index in range(len(self.block.masks)):
-                with traced(self.block.dense, self.names, self.block.sums) as trace:
+                with traced(self.dense, self.names, self.block.sums) as trace:
                     self.block.run_dense(index)
                 self.kept.append(trace)
-
-    def once(self, matrix: Matrix, block: Block) -> bool:
-        """Whether all that a module does is one multiplication by the matrix, once in each run."""
-        calls = self.kept[0].calls[block.local(matrix.module)]
-        return matrix.kind == "linear" and len(calls) == 1
 
     def get(self, index: int, names: Sequence[str]) -> Trace:
         """The trace of one batch, in which at least `names` are."""
         if self.kept:
             return self.kept[index]
-        with traced(self.block.dense, names) as trace:
+        with traced(self.dense, names) as trace:
             self.block.run_dense(index)
         return trace
 
@@ -144,21 +145,34 @@ def _add_sum(
     moments.add(rows, real_rows(dense.totals[name].to(residual.device) - residual, mask))
 
 
-def _moments(block: Block, group: Sequence[Matrix], traces: _Traces) -> list[Moments]:
-    """Moments of the inputs that a group shares, for each of its sub-matrices."""
+def _moments(
+    block: Block, group: Sequence[Matrix], calls: Mapping[str, int], traces: _Traces | None
+) -> list[Moments]:
+    """Moments of the inputs that a group shares, for each of its sub-matrices.
+
+    Without dense traces they hold no targets.
+    """
     matrix = group[0]
     names = list(dict.fromkeys(block.local(item.module) for item in group))
     name = names[0]
-    view = matrix.view(matrix.parameter)
+    view, device = matrix.view(matrix.parameter), matrix.parameter.device
     outputs = view.shape[1] if name in block.sums else view.shape[2]
-    device = matrix.parameter.device
+    outputs = outputs if traces is not None else 0
     result = [Moments.zeros(view.shape[2], outputs, device) for _ in range(view.shape[0])]
+    module = block.pruned.get_submodule(name)
     for index, mask in enumerate(block.masks):
+        pruned = _pruned_trace(block, index, names, sum(calls[n] for n in names))
+        if traces is None:
+            for ours in pruned.calls[name]:
+                for moments, inputs in zip(
+                    result, rows_of(matrix, module, ours, mask), strict=True
+                ):
+                    moments.add(inputs, inputs[:, :0])
+            continue
         dense = traces.get(index, names)
-        pruned = _pruned_trace(block, index, names, sum(len(dense.calls[n]) for n in names))
-        modules = block.dense.get_submodule(name), block.pruned.get_submodule(name)
         for theirs, ours in zip(dense.calls[name], pruned.calls[name], strict=True):
-            pairs = paired_rows(matrix, (modules[0], theirs), (modules[1], ours), mask)
+            at = traces.dense.get_submodule(name), theirs
+            pairs = paired_rows(matrix, at, (module, ours), mask)
             for moments, (x, inputs) in zip(result, pairs, strict=True):
                 if name in block.sums:
                     assert mask is not None  # noqa: S101  # sums are those of layers
@@ -198,11 +212,11 @@ def prune_block(
     Yields:
         Each matrix, its mask in the shape of the parameter, and what each of its groups lost.
     """
-    groups = _groups(block, matrices)
+    groups, calls = _groups(block, matrices)
     names = list(dict.fromkeys(block.local(m.module) for group in groups for m in group))
-    traces = _Traces(block, names)
+    traces = None if block.dense is None else _Traces(block, block.dense, names)
     for group in groups:
-        moments = _moments(block, group, traces)
+        moments = _moments(block, group, calls, traces)
         on_sum = block.local(group[0].module) in block.sums
         for matrix in group:
             mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
@@ -220,4 +234,6 @@ def prune_block(
                 fits.append(fit)
             yield matrix, mask, fits
         if block.keep_traces:
-            block.done += [block.local(m.module) for m in group if traces.once(m, block)]
+            # what is one multiplication by a matrix, once in each run, will give the same again
+            local = [block.local(m.module) for m in group if m.kind == "linear"]
+            block.done += [name for name in local if calls[name] == 1]

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,22 @@ def test_padding_is_never_counted(tiny, inputs_for):
     run(second, changed, criterion="wanda")
     for (key, ours), theirs in zip(first.named_parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3, msg=key)
+
+
+def test_only_the_dense_target_costs_a_dense_network(tiny, inputs_for, monkeypatch):
+    def refuse(module):
+        raise MemoryError
+
+    batches = [inputs_for("bert", seed) for seed in range(2)]
+    model = tiny("bert")
+    matrices = find_matrices(model)  # some lie outside of the layers
+    removed = uniform(matrices, 0.5, Pattern())
+    monkeypatch.setattr(room, "copy", SimpleNamespace(deepcopy=refuse))
+    with pytest.raises(MemoryError):
+        prune_weights_(model, matrices, removed, Options(), batches)
+    own = Options(criterion="sparsegpt", dense_target=False)
+    result = prune_weights_(model, matrices, removed, own, batches)
+    assert len(result.errors) == len(matrices)
 
 
 @contextmanager
