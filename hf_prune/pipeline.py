@@ -13,7 +13,7 @@ from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
 from hf_prune.oneshot import Metric, analyse, prune_once
 from hf_prune.plan import Plan
-from hf_prune.recipe import Prune, Recipe, Vocabulary, load_recipe
+from hf_prune.recipe import Prune, Recipe, Stage, Vocabulary, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.search.experience import Experience
 from hf_prune.sites import HIDDEN, find_sites
@@ -83,6 +83,13 @@ def _check(
     return loaded
 
 
+def _left(stage: Stage) -> list[str]:
+    """What of a stage needs training: all of it, or its schedule and its coarse gates."""
+    if isinstance(stage, Prune):
+        return [name for name in ("schedule", "coarse") if getattr(stage, name)]
+    return [] if isinstance(stage, Vocabulary) else [stage.stage]
+
+
 def _start_report(
     model: PreTrainedModel, recipe: Recipe, batches: Sequence[Batch]
 ) -> dict[str, Any]:
@@ -91,12 +98,7 @@ def _start_report(
     report["sequence_length"] = length
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
     report["calibration_samples"] = sum(gather_object([samples]))
-    report["left_to_trainer"] = [
-        "schedule" if isinstance(stage, Prune) else stage.stage
-        for stage in recipe.stages
-        if (isinstance(stage, Prune) and stage.schedule)
-        or not isinstance(stage, Prune | Vocabulary)
-    ]
+    report["left_to_trainer"] = [name for stage in recipe.stages for name in _left(stage)]
     report["stages"]["dense"] = measure_stage(model, length)
     return report
 
@@ -176,7 +178,8 @@ def compress(
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
     Train and distill stages of the recipe are left to a Trainer. A stage with a schedule is carried
-    out at once, without it. The report lists both under `left_to_trainer`.
+    out at once, without it and without coarse gates. The report lists all of this under
+    `left_to_trainer`.
 
     Args:
         model: of a known family. It is not changed, so it can teach the result.

@@ -107,6 +107,16 @@ def test_the_vocabulary_alone(tiny):
     assert result.report["left_to_trainer"] == []
 
 
+def test_what_is_left_to_a_trainer_is_told(tiny):
+    learned = {"masks": "l0", "coarse": ["layers", "hidden"], "schedule": {"every": 1}}
+    stage = {"stage": "prune", "sparsity": 0.5, "criterion": "magnitude", "solver": "uniform"}
+    stage |= {"reconstruct": False, "min_heads": 0, "min_neurons": 0, **learned}
+    training = {"stage": "train", "num_train_epochs": 1}
+    result = compress(tiny("bert"), {"stages": [stage, training]})
+    assert result.report["left_to_trainer"] == ["schedule", "coarse", "train"]
+    assert result.plan.sites
+
+
 def test_a_vocabulary_needs_a_tokenizer_and_texts(tiny):
     with pytest.raises(ConfigError, match="pass the tokenizer of the model"):
         compress(tiny("bert"), with_vocabulary(), texts=["good"])
