@@ -5,6 +5,7 @@ is measured in the same run, and so is the latency of every result, in turn with
 """
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bench_rows import Rows
 from job import Job
 from packaged import packaged_model, reuters_r8, rotten_tomatoes
 
-from hf_prune import Recipe
+from hf_prune import Recipe, cache_logits
 from hf_prune.measure.latency import compare_latency
 from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Schedule, Student, Target, Train
@@ -151,14 +152,17 @@ def _method(job: Job, method: str, goal: dict[str, Any], epochs: float, *, taugh
     return run
 
 
-def _student(job: Job, init: str, teaching: str, epochs: float) -> Job:
+def _student(job: Job, init: str, teaching: str, epochs: float, logits: Path) -> Job:
     run = variant(job)
     run.report["stages"] = {}
     run.make_student(Student(**SIZES, init=init))  # type: ignore[arg-type]  # checked when it is made
     stages = TEACHINGS[teaching]
     for index, fields in enumerate(stages, 1):
         common: dict[str, Any] = {"num_train_epochs": epochs / len(stages), "learning_rate": 5e-4}
-        run.train(Distill(**common, **fields) if fields else Train(**common), (), index)
+        stage = Distill(**common, **fields) if fields else Train(**common)
+        if isinstance(stage, Distill) and not stage.inner:
+            stage = stage.model_copy(update={"teacher_logits": str(logits)})
+        run.train(stage, (), index)
     return run
 
 
@@ -219,11 +223,16 @@ def methods(
 
 @click.command(help=__doc__)
 @with_options
-def students(out: Path, epochs: float, seed: int, **how: Any) -> None:
+@click.option("--student", multiple=True, default=[f"{i}{t}" for i, t in STUDENTS], help="Some.")
+def students(out: Path, epochs: float, seed: int, student: Sequence[str], **how: Any) -> None:
     """A TinyBERT-style student by its start, and without a teacher; equal steps."""
     rows, job, title = start(out, seed=seed, **how)
-    for init, teaching in STUDENTS:
-        key = f"{title} student from {init}{teaching}"
-        if key not in rows:
-            torch.manual_seed(seed)
-            _figures(_student(job, init, teaching, epochs), rows, key)
+    assert job.dense is not None  # noqa: S101  # set when it was fine-tuned
+    with tempfile.TemporaryDirectory() as folder:
+        logits = Path(folder) / "logits.safetensors"  # the teacher need not run for each student
+        cache_logits(job.dense, job.batches(job.data["train"], BATCH, "Caching logits"), logits)
+        for init, teaching in STUDENTS:
+            key = f"{title} student from {init}{teaching}"
+            if f"{init}{teaching}" in student and key not in rows:
+                torch.manual_seed(seed)
+                _figures(_student(job, init, teaching, epochs, logits), rows, key)
