@@ -82,6 +82,8 @@ ABOUT = {
     "training_methods_r8_epoch": _STEPS.format(steps=171),
     "training_students": "188 steps on 2,000 texts.",
     "training_students_375_steps": "375 steps on 6,000 texts.",
+    "training_students_1128_steps": "1,128 steps on 6,000 texts. Another seed is another split of "
+    "the data, with a dense model of its own.",
     "training_lm": "A quarter of heads and neurons gone, calibrated on WikiText-2 valid, "
     "recovered on plots of films. Perplexity is that of WikiText-2 test; plots are of other films.",
 }
@@ -108,6 +110,7 @@ def grid(rows: dict[str, dict[str, Any]], name: str) -> list[str]:
         method = parts["method"] + (parts.get("how") or "")
         cells.setdefault(method, {}).setdefault(parts["level"], []).append(row[key])
         levels += [parts["level"]] * (parts["level"] not in levels)
+    levels.sort(key=_in_order)
     seeds = max((len(v) for line in cells.values() for v in line.values()), default=1)
     lines = [["", *levels], ["---"] * (len(levels) + 1)]
     for method, line in cells.items():
@@ -117,6 +120,12 @@ def grid(rows: dict[str, dict[str, Any]], name: str) -> list[str]:
     count = "" if seeds == 1 else ", median over seeds (their number)"
     shown = [*([table(others)] if others else []), f"{TITLES[key]}{count}:", made]
     return shown + stage_table(rows, next(iter(cells), ""))
+
+
+def _in_order(level: str) -> tuple[str, float]:
+    """Levels of one kind together, by their number."""
+    number = re.match(r"[0-9.]+", level)
+    return (level[number.end() :], float(number[0])) if number else (level, 0.0)
 
 
 def _cell(values: list[float] | None, form: str, *, alone: bool) -> str:
