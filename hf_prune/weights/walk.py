@@ -161,15 +161,17 @@ def _moments(
     result = [Moments.zeros(view.shape[2], outputs, device) for _ in range(view.shape[0])]
     module = block.pruned.get_submodule(name)
     for index, mask in enumerate(block.masks):
-        pruned = _pruned_trace(block, index, names, sum(calls[n] for n in names))
         if traces is None:
-            for ours in pruned.calls[name]:
-                for moments, inputs in zip(
-                    result, rows_of(matrix, module, ours, mask), strict=True
-                ):
+            # a whole model may call its modules as often as each batch says
+            count = sum(calls[n] for n in names) if block.keep_traces else 0
+            pruned = _pruned_trace(block, index, names, count)
+            for ours in pruned.calls.get(name, ()):
+                rows = rows_of(matrix, module, ours, mask)
+                for moments, inputs in zip(result, rows, strict=True):
                     moments.add(inputs, inputs[:, :0])
             continue
         dense = traces.get(index, names)
+        pruned = _pruned_trace(block, index, names, sum(len(dense.calls[n]) for n in names))
         for theirs, ours in zip(dense.calls[name], pruned.calls[name], strict=True):
             at = traces.dense.get_submodule(name), theirs
             pairs = paired_rows(matrix, at, (module, ours), mask)

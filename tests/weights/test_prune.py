@@ -163,6 +163,35 @@ def test_only_the_dense_target_costs_a_dense_network(tiny, inputs_for, monkeypat
     assert len(result.errors) == len(matrices)
 
 
+class Again(nn.Module):
+    """Calls one layer as often as a batch has rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        for _ in range(len(x)):
+            x = self.inner(x).tanh()
+        return self.outer(x)
+
+
+@pytest.mark.parametrize("dense_target", [True, False])
+def test_every_call_of_every_batch_counts(dense_target):
+    results = []
+    torch.manual_seed(1)
+    few, many = torch.randn(1, 40, 6), torch.randn(3, 40, 6)
+    for batches in ([few, many], [many, few]):
+        torch.manual_seed(0)
+        model = Again().eval()
+        matrices = find_matrices(model)
+        told = Options(dense_target=dense_target)
+        prune_weights_(model, matrices, uniform(matrices, 0.5, Pattern()), told, batches)
+        results.append(model)
+    for ours, theirs in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 @contextmanager
 def dying_after_a_layer(monkeypatch):
     """A walk that is broken off when it begins its second layer."""
