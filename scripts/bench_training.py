@@ -61,6 +61,7 @@ def _fine_tuned(model: str | None, data: str, samples: int, tested: int, seed: i
     first = Train(num_train_epochs=1.0, learning_rate=1e-4, warmup_steps=20)
     recipe = Recipe(seed=seed, stages=(first,))
     rows = rotten_tomatoes(seed) if data == "rotten-tomatoes" else reuters_r8()
+    torch.manual_seed(seed)  # a new head is drawn while the model is loaded
     job = Job(arguments, recipe, model or packaged_model(), rows)
     if model is None:
         job.train(first, (), 0)
