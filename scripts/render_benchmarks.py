@@ -77,7 +77,8 @@ _STEPS = (
     "loss is that of the dense model."
 )
 ABOUT = {
-    "training_methods": _STEPS.format(steps=188),
+    "training_methods": _STEPS.format(steps=188)
+    + " The second seed has a split of the data and a dense model of its own.",
     "training_methods_r8": _STEPS.format(steps=62),
     "training_methods_r8_epoch": _STEPS.format(steps=171),
     "training_students": "188 steps on 2,000 texts.",
