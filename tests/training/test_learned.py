@@ -36,6 +36,18 @@ def still(model):
     return model.train()
 
 
+def settles_alike(pruning, model, batch):
+    """What gates let through in evaluation is what the settled and the smaller model compute."""
+    with torch.no_grad():
+        masked = model.eval()(**batch).logits
+        pruning.decide(1.0)
+        settled = model(**batch).logits
+        pruning.finish()
+        small = model(**batch).logits
+    torch.testing.assert_close(settled, masked, atol=1e-5, rtol=0)
+    torch.testing.assert_close(small, masked, atol=1e-5, rtol=0)
+
+
 def test_hard_concrete_by_sampling():
     log_alpha = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])
     noise = torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0))
@@ -149,14 +161,7 @@ def test_l0_is_the_same_function_before_and_after_it_settles(tiny, inputs_for, f
     gates = values[: pruning.units] * coarse * kept
     pruning.gates.evaluation = pruning._split(gates)
     assert ((gates > 0) & (gates < 1)).any()
-    with torch.no_grad():
-        masked = model.eval()(**batch).logits
-        pruning.decide(1.0)
-        settled = model(**batch).logits
-        pruning.finish()
-        small = model(**batch).logits
-    torch.testing.assert_close(settled, masked, atol=1e-5, rtol=0)
-    torch.testing.assert_close(small, masked, atol=1e-5, rtol=0)
+    settles_alike(pruning, model, batch)
 
 
 def test_a_closed_layer_and_a_closed_block_go_as_a_whole(tiny, inputs_for):
