@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -110,12 +109,11 @@ def _all_stages(
     batches: Sequence[Batch],
     report: dict[str, Any],
     search: tuple[Metric | None, Experience | None],
-    progress: Path | None,
 ) -> tuple[PreTrainedModel, Plan, Masks]:
     """One stage after the other. Re-fits aim at the given model, as long as widths allow it."""
     pruned = aim = model
     plan, masks = Plan(model.config.model_type), Masks()
-    for index, stage in enumerate(recipe.prune_stages):
+    for stage in recipe.prune_stages:
         if stage.joint:
             both = prune_jointly(pruned, stage, batches, recipe.seed, dense=aim)
             pruned, step, masks, entries = both.model, both.plan, both.masks, both.entries
@@ -128,10 +126,7 @@ def _all_stages(
             aim = copy.deepcopy(pruned) if narrows else aim
         else:
             pruned = copy.deepcopy(model) if pruned is model else pruned
-            kept = None if progress is None else progress / f"stage-{index}"
-            step, masks, entry = prune_weights(
-                pruned, stage, batches, recipe.seed, masks, progress=kept
-            )
+            step, masks, entry = prune_weights(pruned, stage, batches, recipe.seed, masks)
             entries = [entry]
         plan = plan.then(step)
         report["pruning"] += entries
@@ -179,7 +174,6 @@ def compress(
     experience: "str | os.PathLike[str] | None" = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     texts: Iterable[str] | None = None,
-    progress: "str | os.PathLike[str] | None" = None,
 ) -> Result:
     """Prune a model in one shot: score, select, really remove, re-fit what is left.
 
@@ -199,30 +193,24 @@ def compress(
         tokenizer: of the model; the result has it. A stage `vocabulary` needs it, and the result
             then has a smaller one.
         texts: what the model is to be used for, where such a stage names no file of them.
-        progress: a folder in which stages of single weights keep every layer that is finished: a
-            run that was broken off goes on there when it is called again with the same things.
 
     Returns:
         The smaller model, the plan in the numbering of the given model, and a report with exact
         counts before and after. `save_result` writes it, `push_to_hub` shares it.
 
     Raises:
-        CheckpointError: when the file of experience is torn, or is somebody else's; when `progress`
-            is of another run.
-        ConfigError: when the recipe is not valid, or `progress` would keep nothing.
+        CheckpointError: when the file of experience is torn, or is somebody else's.
+        ConfigError: when the recipe is not valid.
         DataError: when calibration data is missing, too short, or out of range.
         NumericsError: when a weight, a statistic or a score is not finite.
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
     recipe = _check(model, recipe)
-    if progress is not None and all(stage.structural for stage in recipe.prune_stages):
-        raise ConfigError("progress is that of stages of single weights, and the recipe has none.")
     words = _words(recipe, tokenizer, texts)
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
     store = None if experience is None else Experience(os.fspath(experience))
-    folder = None if progress is None else Path(progress)
-    pruned, plan, masks = _all_stages(model, recipe, batches, report, (metric, store), folder)
+    pruned, plan, masks = _all_stages(model, recipe, batches, report, (metric, store))
     result = Result(pruned, plan, report, recipe, masks, tokenizer)
     _finish(result, model, words)
     return result

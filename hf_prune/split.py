@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -39,13 +38,7 @@ MOST = 0.99
 
 
 def prune_weights(
-    model: PreTrainedModel,
-    stage: Prune,
-    batches: Sequence[Batch],
-    seed: int,
-    masks: Masks,
-    *,
-    progress: Path | None = None,
+    model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int, masks: Masks
 ) -> tuple[Plan, Masks, dict[str, Any]]:
     """Carry out a stage of single weights on a model, in place.
 
@@ -55,14 +48,13 @@ def prune_weights(
         batches: calibration batches.
         seed: of everything random.
         masks: of earlier stages.
-        progress: a folder in which finished layers are kept, so that an interrupted run goes on.
 
     Returns:
         What stays, the masks of all stages, and the entry for the report.
     """
     steps = stage.single.polish_steps
     before = copy.deepcopy(model) if steps else model
-    result, entry = prune_stage_(model, stage, batches, seed, progress=progress)
+    result, entry = prune_stage_(model, stage, batches, seed)
     if steps:
         entry["polish"] = polish_(model, before, batches, steps=steps)
     masks = {**masks, **result.masks}

@@ -149,7 +149,7 @@ def prune_stage_(
     result = prune_weights_(model, matrices, removed, options, batches, progress=kept)
     total = sum(mask.numel() for mask in result.masks.values())
     gone = total - sum(int(mask.sum()) for mask in result.masks.values())
-    entry: dict[str, Any] = {
+    entry = {
         "kind": "weights",
         "criterion": stage.criterion,
         "pattern": str(options.pattern),
@@ -159,8 +159,6 @@ def prune_stage_(
         "sparsity": gone / total,
         "mean_relative_error": _mean(list(result.errors.values())),
     }
-    if kept is not None:
-        entry["resumed"] = list(result.resumed)
     return result, entry
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_prune import compress, sparsify_
+from hf_prune import sparsify_
 from hf_prune.errors import (
     CheckpointError,
     ConfigError,
@@ -253,28 +253,6 @@ def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monk
     plain = {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}}
     with pytest.raises(ConfigError, match=r"'magnitude' without a re-fit .* runs no layer"):
         sparsify_(tiny("llama"), **told, **plain)
-
-
-def test_a_recipe_goes_on_where_it_was(tiny, inputs_for, tmp_path, monkeypatch):
-    batches = [inputs_for("llama", seed) for seed in range(2)]
-    weights = {"stage": "prune", "units": ["weights"], "sparsity": 0.5}
-    neurons = {"stage": "prune", "units": ["neurons"], "sparsity": 0.5, "criterion": "magnitude"}
-    stages = [{"min_calibration_samples": 1, **stage} for stage in (neurons, weights)]
-    told = {"stages": stages}
-    whole = compress(tiny("llama"), told, batches)
-    with dying_after_a_layer(monkeypatch), pytest.raises(KeyboardInterrupt):
-        compress(tiny("llama"), told, batches, progress=tmp_path / "state")
-    result = compress(tiny("llama"), told, batches, progress=tmp_path / "state")
-    assert result.report["pruning"][1]["resumed"] == ["model.layers.0"]
-    assert "resumed" not in whole.report["pruning"][1]
-    ours, theirs = result.model.state_dict(), whole.model.state_dict()
-    for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], atol=1e-5, rtol=1e-5, msg=key)
-    assert result.plan == whole.plan
-    with pytest.raises(CheckpointError, match="is from a run with another model, recipe or"):
-        compress(tiny("llama"), told, batches[:1], progress=tmp_path / "state")
-    with pytest.raises(ConfigError, match="single weights, and the recipe has none"):
-        compress(tiny("llama"), {"stages": stages[:1]}, batches, progress=tmp_path / "state")
 
 
 def test_pruning_by_norms_goes_on_too(tiny, inputs_for, tmp_path, monkeypatch):
