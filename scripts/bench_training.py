@@ -47,6 +47,7 @@ STUDENTS = (
     ("xavier", " taught"),
 )
 """How a student starts, and how it is taught."""
+NAMES = [f"{init}{teaching}" for init, teaching in STUDENTS]
 TOKENS = {"rotten-tomatoes": 64, "reuters-r8": 96}
 """Of each text, at most."""
 BATCH = 32
@@ -224,7 +225,7 @@ def methods(
 
 @click.command(help=__doc__)
 @with_options
-@click.option("--student", multiple=True, default=[f"{i}{t}" for i, t in STUDENTS], help="Some.")
+@click.option("--student", multiple=True, type=click.Choice(NAMES), default=NAMES)
 def students(out: Path, epochs: float, seed: int, student: Sequence[str], **how: Any) -> None:
     """A TinyBERT-style student by its start, and without a teacher; equal steps."""
     rows, job, title = start(out, seed=seed, **how)

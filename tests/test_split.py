@@ -162,9 +162,9 @@ def test_the_judge_is_not_fitted(tiny, inputs_for, monkeypatch):
     used = []
     plain = __import__("hf_prune.split", fromlist=["prune_stage_"]).prune_stage_
 
-    def watch(model, stage, batches, seed, **options):
+    def watch(model, stage, batches, seed):
         used.append(sorted(rows(batches)))
-        return plain(model, stage, batches, seed, **options)
+        return plain(model, stage, batches, seed)
 
     refitted = []
     once = __import__("hf_prune.split", fromlist=["prune_once"]).prune_once
