@@ -7,7 +7,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +110,31 @@ def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
     return load_recipe({"stages": [data]}).prune_stages[0]
 
 
-def _analyses(
-    model: PreTrainedModel, calibration: Batches, seed: int, methods: Sequence[str]
-) -> Iterator[tuple[str, Analysis]]:
-    """The analysis of some methods, those of one criterion made once, all with one dense pass."""
+def _missing(
+    model: PreTrainedModel,
+    calibration: Batches,
+    seed: int,
+    rows: Rows,
+    wanted: Mapping[str, Mapping[str, str]],
+) -> Iterator[tuple[str, str, str, Analysis]]:
+    """The key, method and level of each row that is not there yet, and what to decide it from.
+
+    `wanted` holds the levels of keys by method. Methods of one criterion share an analysis, and
+    all of them one dense pass.
+    """
     made: dict[str, Analysis] = {}
     targets: DenseTargets | None = None
-    for method in methods:
+    for method, levels in wanted.items():
         criterion = METHODS[method][0]
-        if criterion not in made:
-            made[criterion] = analyse(
-                model, prune_stage(method, {"sparsity": 0.5}), calibration, seed
-            )
-        analysis = made[criterion]
-        analysis.targets = targets or analysis.dense_targets()
-        targets = analysis.targets
-        yield method, analysis
+        for key, level in levels.items():
+            if key in rows:
+                continue
+            if criterion not in made:
+                stage = prune_stage(method, {"sparsity": 0.5})
+                made[criterion] = analyse(model, stage, calibration, seed)
+            analysis = made[criterion]
+            analysis.targets = targets = targets or analysis.dense_targets()
+            yield key, method, level, analysis
 
 
 def _text_row(analysis: Analysis, stage: Prune, test: Batches, dense: float) -> dict[str, Any]:
@@ -153,12 +162,17 @@ def _text_row(analysis: Analysis, stage: Prune, test: Batches, dense: float) -> 
 def text(out: Path, methods: str, levels: str, **about: Any) -> None:
     """Accuracy of a fine-tuned classifier, nothing trained after removal."""
     case, seed = text_case(out, **about), about["seed"]
-    for method, analysis in _analyses(case.model, case.calibration, seed, methods.split(";")):
-        for level in levels.split(";"):
-            key = f"{about['data']} {level} {method} seed {seed}"
-            if key not in case.rows:
-                stage = prune_stage(method, LEVELS[level])
-                case.rows.add(key, _text_row(analysis, stage, case.test, case.dense))
+    wanted = {
+        method: {
+            f"{about['data']} {level} {method} seed {seed}": level for level in levels.split(";")
+        }
+        for method in methods.split(";")
+    }
+    for key, method, level, analysis in _missing(
+        case.model, case.calibration, seed, case.rows, wanted
+    ):
+        stage = prune_stage(method, LEVELS[level])
+        case.rows.add(key, _text_row(analysis, stage, case.test, case.dense))
 
 
 @click.command()
@@ -168,19 +182,21 @@ def text(out: Path, methods: str, levels: str, **about: Any) -> None:
 def language_model(out: Path, methods: str, levels: str, **about: Any) -> None:
     """Perplexity of a causal language model on WikiText-2, calibrated on its valid split."""
     case = language_case(out, **about)
-    for method, analysis in _analyses(case.model(), case.calibration, 0, methods.split(";")):
-        for level in levels.split(","):
-            key = f"{level} {method}"
-            if key in case.rows:
-                continue
-            pruned = prune_once(analysis, prune_stage(method, {"sparsity": float(level)}))
-            row = {
-                "perplexity": perplexity(pruned.model, case.test),
-                "parameters": count_parameters(pruned.model),
-                "seconds": pruned.entry["seconds"],
-                "peak_bytes": peak_bytes(),
-            }
-            case.rows.add(key, row)
+    wanted = {
+        method: {f"{level} {method}": level for level in levels.split(",")}
+        for method in methods.split(";")
+    }
+    for key, method, level, analysis in _missing(
+        case.model(), case.calibration, 0, case.rows, wanted
+    ):
+        pruned = prune_once(analysis, prune_stage(method, {"sparsity": float(level)}))
+        row = {
+            "perplexity": perplexity(pruned.model, case.test),
+            "parameters": count_parameters(pruned.model),
+            "seconds": pruned.entry["seconds"],
+            "peak_bytes": peak_bytes(),
+        }
+        case.rows.add(key, row)
 
 
 def _classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
