@@ -214,7 +214,28 @@ def _check(model: PreTrainedModel, stage: Prune, shards: _Shards) -> None:
             "from disk to disk only single weights are pruned, with solver: uniform and a "
             "criterion that needs no gradient."
         )
-    missing = [name for name, _ in model.named_parameters() if name not in shards.files]
+    single = stage.single
+    cannot = {
+        "schedule": stage.schedule is not None,
+        "weights.embeddings": single.embeddings,
+        "weights.polish_steps": single.polish_steps > 0,
+        "weights.remove_dead": single.remove_dead and "remove_dead" in single.model_fields_set,
+    }
+    asked = [name for name, value in cannot.items() if value]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)}: not from disk to disk, where one layer is in memory at a time. "
+            "Leave it out, or load the model and use compress()."
+        )
+    names = dict(model.named_parameters())
+    missing = [name for name in names if name not in shards.files]
+    others = [name for name in shards.files if name not in names]
+    if missing and others:
+        raise UnsupportedModelError(
+            f"{shards.folder} keeps weights of {type(model).__name__} under other names than the "
+            f"model has ({others[0]!r}; {missing[0]!r} is not there). Load the model and use "
+            "compress()."
+        )
     if missing:
         raise CheckpointError(f"{shards.folder} has no tensor {missing[0]!r}.")
 
@@ -364,8 +385,17 @@ def _layer_names(model: PreTrainedModel, layers: Sequence[str]) -> list[str]:
 def _in_layers(
     model: PreTrainedModel, matrices: Sequence[Matrix], layers: Sequence[str]
 ) -> list[Matrix]:
+    """Those that lie in the layers.
+
+    Raises:
+        ConfigError: when there is none.
+    """
     starts = tuple(f"{name}." for name in _layer_names(model, layers))
-    return [matrix for matrix in matrices if matrix.name.startswith(starts)]
+    found = [matrix for matrix in matrices if matrix.name.startswith(starts)]
+    if not found:
+        names = ", ".join(matrix.name for matrix in matrices[:3])
+        raise ConfigError(f"from disk to disk nothing outside of layers is pruned: {names}.")
+    return found
 
 
 def _finish(source: Path, folder: Path, walk: _Walk) -> None:

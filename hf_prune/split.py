@@ -19,7 +19,7 @@ from hf_prune.oneshot import Analysis, analyse, prune_once
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, count_to_remove
 from hf_prune.search.judge import Judge
-from hf_prune.statistics.batches import Batch
+from hf_prune.statistics.batches import Batch, first_examples
 from hf_prune.surgery.dead import remove_dead_
 from hf_prune.training.polish import polish_
 from hf_prune.weights.masks import Masks, count_kept
@@ -45,13 +45,14 @@ def prune_weights(
     Args:
         model: of a known family.
         stage: of `units: [weights]`.
-        batches: calibration batches.
+        batches: calibration batches, of which the stage's `calibration_samples` are read.
         seed: of everything random.
         masks: of earlier stages.
 
     Returns:
         What stays, the masks of all stages, and the entry for the report.
     """
+    batches = first_examples(model, batches, stage.calibration_samples)
     steps = stage.single.polish_steps
     before = copy.deepcopy(model) if steps else model
     result, entry = prune_stage_(model, stage, batches, seed)

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_prune.budget.costs import unit_cost
 from hf_prune.budget.selection import Selection
@@ -310,7 +310,8 @@ class PruneCallback(TrainerCallback):
         names = {id(p): name for name, p in model.named_parameters()}
         self.pruning.finish()
         sites = {} if self.selection is None else self.selection.plan.sites
-        self.plan = Plan(model.config.model_type, sites, weights=count_kept(self.masks))
+        kind = model.config.model_type if isinstance(model, PreTrainedModel) else ""
+        self.plan = Plan(kind, sites, weights=count_kept(self.masks))
         if optimizer is not None:
             rebind_optimizer_(optimizer, names, model)
 

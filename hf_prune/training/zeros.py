@@ -232,14 +232,18 @@ def merge_adapter(model: Any, masks: Mapping[str, Tensor] | None = None) -> nn.M
     merge = getattr(model, "merge_and_unload", None)
     if merge is None:
         raise ConfigError(f"{type(model).__name__} has no adapter to merge: pass a PeftModel.")
-    if masks is None:
-        base = model.get_base_model()
-        masks = {
-            name.replace(".base_layer.", "."): parameter.detach() != 0
-            for name, parameter in base.named_parameters()
-            if name.endswith(".base_layer.weight")
+    if masks is not None:
+        found = dict(masks)
+    else:
+        found = {
+            name.replace("base_layer.", ""): parameter.detach() != 0
+            for name, parameter in model.get_base_model().named_parameters()
+            if "base_layer." in name and parameter.ndim > 1
         }
     merged = merge()
     assert isinstance(merged, nn.Module)  # noqa: S101  # what PEFT gives back
-    apply_masks_(merged, masks)
+    if masks is None:  # an adapter around an adapter holds matrices of its own
+        left = {name for name, _ in merged.named_parameters()}
+        found = {name: mask for name, mask in found.items() if name in left}
+    apply_masks_(merged, found)
     return merged

@@ -1,5 +1,6 @@
 """Budgets: how many entries each matrix loses, so that all of them together lose what was asked."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,11 +10,13 @@ from hf_prune.budget.knapsack import knapsack
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import count_to_remove
 from hf_prune.weights.find import Matrix
-from hf_prune.weights.patterns import Pattern, keep_of_all, removed_by
+from hf_prune.weights.patterns import Pattern, blocks_of, keep_of_all, removed_by, room_of
 from hf_prune.weights.problem import Options
 from hf_prune.weights.sensitivity import Sensitivity, measure_sensitivity
 from hf_prune.weights.solvers import Problem, wanda
 from hf_prune.weights.walk import Inputs
+
+logger = logging.getLogger(__name__)
 
 BUDGETS = ("uniform", "global", "outliers", "knapsack")
 """Budgets that a stage of single weights can name as its solver."""
@@ -39,14 +42,29 @@ def uniform(matrices: Sequence[Matrix], sparsity: float, pattern: Pattern) -> Re
     return result
 
 
+def _smallest_blocks(scores: Sequence[Tensor], removed: int, pattern: Pattern) -> list[int]:
+    """Entries in the blocks that go, in each tensor, where blocks of all of them are ranked."""
+    pairs = [blocks_of(part.float().cpu(), pattern) for part in scores]
+    means = torch.cat([mean.flatten() for mean, _ in pairs])
+    sizes = torch.cat([size.flatten() for _, size in pairs])
+    order = means.argsort(stable=True)
+    gone = order[: int((sizes[order].cumsum(0) < removed).sum()) + 1]
+    lost = torch.zeros_like(sizes)
+    lost[gone] = sizes[gone]
+    return [int(part.sum()) for part in lost.split([mean.numel() for mean, _ in pairs])]
+
+
 def _one_ranking(matrices: Sequence[Matrix], sparsity: float, options: Options) -> Removed:
-    """One ranking of all weights by their scores; each matrix loses its share of the smallest."""
+    """One ranking of all weights, or blocks, by their scores; each matrix loses its smallest."""
     parts = []
     for matrix in matrices:
         for group, weight in enumerate(matrix.view(matrix.parameter.detach())):
             parts.append(options.scores_of(matrix.name, group, weight))
-    total = sum(part.numel() for part in parts)
-    counts = [int((~mask).sum()) for mask in keep_of_all(parts, count_to_remove(sparsity, total))]
+    wanted = count_to_remove(sparsity, sum(part.numel() for part in parts))
+    if options.pattern.kind == "block" and wanted:
+        counts = _smallest_blocks(parts, wanted, options.pattern)
+    else:
+        counts = [int((~mask).sum()) for mask in keep_of_all(parts, wanted)]
     result, place = {}, 0
     for matrix in matrices:
         groups = matrix.view(matrix.parameter).shape[0]
@@ -98,19 +116,21 @@ def _by_outliers(
 
 
 def _error_curve(
-    matrix: Matrix, sparsity: float, known: Sensitivity, ridge: float
+    matrix: Matrix, sparsity: float, known: Sensitivity, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Entries kept `[levels]`, and what each level costs: error times the weight of its outputs."""
+    ridge, pattern = options.ridge, options.pattern
     shares = [min(share * (1 - sparsity), 0.98) for share in KEPT_SHARES]
     points = []
     for share in shares:
         total = 0.0
-        for weight, gram in zip(matrix.view(matrix.parameter.detach()), known.grams, strict=True):
+        weights = matrix.view(matrix.parameter.detach())
+        for weight, gram, felt in zip(weights, known.grams, known.weights, strict=True):
             damping = ridge * float(gram.diagonal().mean().clamp(min=1e-12))
             damped = gram + damping * torch.eye(gram.shape[0], device=gram.device)
             removed = count_to_remove(1 - share, weight.numel())
-            problem = Problem(weight.float(), damped, Pattern(), removed)
-            total += float(problem.error(wanda(problem, 8)[0]).sum())
+            problem = Problem(weight.float(), damped, pattern, removed)
+            total += felt * float(problem.error(wanda(problem, 8)[0]).sum())
         points.append(max(total, 1e-30))
     kept, errors = [], []
     logs = torch.tensor(points, dtype=torch.float64).log()
@@ -120,16 +140,19 @@ def _error_curve(
             share = shares[index] * (1 - part) + shares[index + 1] * part
             kept.append(int(share * matrix.numel))
             errors.append(float((logs[index] * (1 - part) + logs[index + 1] * part).exp()))
-    return torch.tensor(kept), torch.tensor(errors, dtype=torch.float64) * known.weight
+    return torch.tensor(kept), torch.tensor(errors, dtype=torch.float64)
 
 
 def _by_knapsack(
-    matrices: Sequence[Matrix], sparsity: float, known: Mapping[str, Sensitivity], ridge: float
+    matrices: Sequence[Matrix],
+    sparsity: float,
+    known: Mapping[str, Sensitivity],
+    options: Options,
 ) -> Removed:
     """The least sum of layer errors, each weighted by how much the outputs of the model feel it."""
     total = sum(matrix.numel for matrix in matrices)
     asked = count_to_remove(sparsity, total)
-    curves = [_error_curve(m, sparsity, known[m.name], ridge) for m in matrices]
+    curves = [_error_curve(m, sparsity, known[m.name], options) for m in matrices]
     levels = knapsack([c[0] for c in curves], [c[1] for c in curves], total - asked)
     if levels is None:
         raise ConfigError(f"sparsity={sparsity:g} is out of the range of the error curves.")
@@ -138,6 +161,24 @@ def _by_knapsack(
         for m, curve, level in zip(matrices, curves, levels, strict=True)
     }
     return _exactly(matrices, counts, asked)
+
+
+def _within_room(matrices: Sequence[Matrix], removed: Removed, pattern: Pattern) -> Removed:
+    """At least one block of every matrix stays: a layer of zeros would end the network."""
+    if pattern.kind != "block":
+        return removed
+    result, whole = dict(removed), []
+    for matrix in matrices:
+        _, rows, columns = matrix.view(matrix.parameter).shape
+        room = room_of(pattern, (rows, columns))
+        result[matrix.name] = [min(count, room) for count in removed[matrix.name]]
+        if not room and any(removed[matrix.name]):
+            whole.append(matrix.name)
+    if whole:
+        logger.warning(
+            "no larger than one block of %s, and left as they are: %s", pattern, ", ".join(whole)
+        )
+    return result
 
 
 def allot(
@@ -149,6 +190,8 @@ def allot(
     batches: Sequence[Inputs] = (),
 ) -> Removed:
     """Entries to remove from each matrix, in all exactly what `sparsity` asks for.
+
+    Where blocks go, each matrix keeps one at least, and less may go than was asked for.
 
     Args:
         model: dense, and not changed.
@@ -163,6 +206,19 @@ def allot(
     """
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity={sparsity:g} is outside [0, 1). It is a fraction.")
+    return _within_room(
+        matrices, _allot(model, matrices, budget, sparsity, options, batches), options.pattern
+    )
+
+
+def _allot(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    budget: str,
+    sparsity: float,
+    options: Options,
+    batches: Sequence[Inputs],
+) -> Removed:
     if budget == "global":
         return _one_ranking(matrices, sparsity, options)
     if budget == "uniform" or sparsity == 0:
@@ -172,4 +228,4 @@ def allot(
     known = measure_sensitivity(model, matrices, batches, options.seed)
     if budget == "outliers":
         return _by_outliers(matrices, sparsity, known)
-    return _by_knapsack(matrices, sparsity, known, options.ridge)
+    return _by_knapsack(matrices, sparsity, known, options)

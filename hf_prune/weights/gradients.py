@@ -1,6 +1,7 @@
 """Scores of single weights that read gradients, collected before anything is pruned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,19 @@ from hf_prune.statistics.projection import project_output
 from hf_prune.statistics.streams import in_eval
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.walk import Inputs, call_model
+
+
+@contextmanager
+def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside a `with` block frozen parameters have gradients, too."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def output_tensor(value: object) -> Tensor:
@@ -79,7 +93,7 @@ def gradient_scores(
     sums = {m.name: torch.zeros_like(m.parameter, dtype=torch.float32) for m in matrices}
     parameters = [matrix.parameter for matrix in matrices]
     first_order = criterion == "sensitivity"
-    with in_eval(model):
+    with in_eval(model), differentiable(parameters):
         for index, batch in enumerate(batches):
             with torch.enable_grad():
                 value = _loss(model, batch) if first_order else projected(model, batch, seed, index)

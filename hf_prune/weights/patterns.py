@@ -104,24 +104,37 @@ def _keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _keep_blocks(scores: Tensor, removed: int, r: int, c: int) -> Tensor:
-    rows, columns = scores.shape
+def blocks_of(scores: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """The mean square and the number of the scores in each block, `[R / r, C / c]` both."""
+    (rows, columns), r, c = scores.shape, pattern.first, pattern.second
     edges = (0, -columns % c, 0, -rows % r)
 
     def per_block(values: Tensor) -> Tensor:
         padded = pad(values, edges)
         grid = padded.view(padded.shape[0] // r, r, padded.shape[1] // c, c)
-        return grid.sum(dim=(1, 3))  # [R / r, C / c]
+        return grid.sum(dim=(1, 3))
 
     sizes = per_block(torch.ones_like(scores))
-    means = per_block(scores.square()) / sizes
+    return per_block(scores.square()) / sizes, sizes.long()
+
+
+def _keep_blocks(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
+    rows, columns = scores.shape
+    means, sizes = blocks_of(scores, pattern)
     order = means.flatten().argsort(stable=True)
-    total = sizes.flatten()[order].long().cumsum(0)
+    total = sizes.flatten()[order].cumsum(0)
     count = int((total < removed).sum()) + 1 if removed else 0
     kept = torch.ones(means.numel(), dtype=torch.bool, device=scores.device)
     kept[order[:count]] = False
-    grid = kept.view(means.shape).repeat_interleave(r, 0).repeat_interleave(c, 1)
+    grid = kept.view(means.shape)
+    grid = grid.repeat_interleave(pattern.first, 0).repeat_interleave(pattern.second, 1)
     return grid[:rows, :columns]
+
+
+def room_of(pattern: Pattern, shape: tuple[int, int]) -> int:
+    """The most entries that can be asked of a `[R, C]` matrix so that one block of it stays."""
+    rows, columns = shape
+    return rows * columns - min(pattern.first, rows) * min(pattern.second, columns)
 
 
 def keep(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
@@ -138,7 +151,7 @@ def keep(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
     if pattern.kind == "n:m":
         return _keep_n_of_m(scores, pattern.first, pattern.second)
     if pattern.kind == "block":
-        return _keep_blocks(scores, removed, pattern.first, pattern.second)
+        return _keep_blocks(scores, removed, pattern)
     return _keep_unstructured(scores, removed, rows=pattern.rows)
 
 

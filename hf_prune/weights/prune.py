@@ -34,7 +34,7 @@ from hf_prune.weights.norms import prune_by_norms
 from hf_prune.weights.patterns import keep
 from hf_prune.weights.problem import Options
 from hf_prune.weights.progress import Progress
-from hf_prune.weights.walk import Block, Inputs, call_model, mask_of, prune_block
+from hf_prune.weights.walk import Block, Inputs, Real, call_model, prune_block, real_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class _Layer:
             self.pruned,
             self.run_dense,
             self.run_pruned,
-            [stream.mask for stream in self.streams],
+            [Real(stream.mask) for stream in self.streams],
             {local(site.gate.module): local(site.sum_module) for site in sites},
             keep_traces=True,
         )
@@ -283,7 +283,7 @@ def _prune_whole(
         model,
         lambda index: call_model(dense, batches[index]),
         lambda index: call_model(model, batches[index]),
-        [mask_of(model, batch) for batch in batches],
+        real_tokens(dense, batches),
     )
     for matrix, kept, fits in prune_block(block, matrices, job.removed, job.options):
         job.result.masks[matrix.name] = kept

@@ -42,6 +42,8 @@ def check_weight_stage(stage: Prune) -> None:
             f"pattern {pattern} removes the same share of every matrix: solver {stage.solver!r} "
             "has nothing to decide. Use solver: uniform."
         )
+    if stage.solver == "global" and stage.single.rank == "row":
+        raise ConfigError("solver 'global' is one ranking of all matrices: leave rank: row out.")
     if stage.solver == "global" and stage.criterion not in (*DATA_FREE, *GRADIENTS):
         raise ConfigError(
             f"criterion {stage.criterion!r} compares weights within a matrix only, so that solver "
@@ -61,9 +63,11 @@ def needs_data(stage: Prune) -> bool:
 
 
 def _pattern(model: nn.Module, stage: Prune) -> Pattern:
+    """With `rank: auto` in rows of models that generate, but for one ranking of all matrices."""
     rank = stage.single.rank
     generates = isinstance(model, PreTrainedModel) and bool(model.can_generate())
-    return parse_pattern(stage.single.pattern, rows=rank == "row" or (rank == "auto" and generates))
+    in_rows = generates and stage.solver != "global"
+    return parse_pattern(stage.single.pattern, rows=rank == "row" or (rank == "auto" and in_rows))
 
 
 def options_of(model: nn.Module, stage: Prune, seed: int, scores: Mapping[str, Tensor]) -> Options:
@@ -200,6 +204,11 @@ def sparsify_(
         stage = Prune(units=("weights",), **fields)
     except ValidationError as error:
         raise ConfigError(f"sparsify_: {explain(error)}") from error
+    if stage.model_fields_set & {"calibration_samples", "min_calibration_samples"}:
+        raise ConfigError(
+            "sparsify_ reads all batches that it is given: pass fewer, in the place of "
+            "calibration_samples and min_calibration_samples."
+        )
     if stage.schedule is not None or stage.single.polish_steps:
         raise ConfigError(
             "sparsify_ prunes any module in one shot: leave schedule to PruneCallback, and "

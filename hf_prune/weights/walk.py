@@ -31,6 +31,26 @@ Inputs = Tensor | tuple[Tensor, ...] | Batch
 """One batch of any module: the only argument, the arguments, or the keyword arguments."""
 
 
+@dataclass(frozen=True)
+class Real:
+    """Which tokens of one batch are real, `[B, T]`; None, where nothing says so.
+
+    An encoder and a decoder read two sequences; `cross` are the modules of the decoder that read
+    that of the encoder. It is None where there is only one sequence.
+    """
+
+    tokens: Tensor | None = None
+    decoder: Tensor | None = None
+    cross: frozenset[str] | None = None
+
+    def of(self, module: str) -> Tensor | None:
+        """For what a module sees; of a module outside of both, what the decoder gives."""
+        if self.cross is None or module in self.cross:
+            return self.tokens
+        side = next((part for part in module.split(".") if part in ("encoder", "decoder")), "")
+        return self.tokens if side == "encoder" else self.decoder
+
+
 @dataclass
 class Block:
     """Something that both networks can run alone on every batch: one layer, or all of a model.
@@ -44,7 +64,7 @@ class Block:
     pruned: nn.Module
     run_dense: Callable[[int], Any]
     run_pruned: Callable[[int], Any]
-    masks: Sequence[Tensor | None]
+    real: Sequence[Real]
     sums: Mapping[str, str] = field(default_factory=dict)
     keep_traces: bool = False
     replay: Replay = field(default_factory=Replay)
@@ -67,14 +87,56 @@ def call_model(model: nn.Module, batch: Inputs) -> Any:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def mask_of(model: nn.Module, batch: Inputs) -> Tensor | None:
-    """The real tokens of a batch, `[B, T]`; None, where nothing says which they are.
+def _readers_of_encoder(model: PreTrainedModel, batch: Batch) -> frozenset[str]:
+    """The modules that are called with what the encoder gave: keys and values of a decoder."""
+    given: dict[str, Tensor] = {}
+    found: set[str] = set()
 
-    Of an encoder with a decoder all positions count, since one mask says nothing of the other's.
+    def encoded(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given["encoder"] = output if isinstance(output, Tensor) else output[0]
+
+    def check(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = (*args, *kwargs.values())
+            if values and values[0] is given.get("encoder"):
+                found.add(name)
+
+        return hook
+
+    handles = [model.get_encoder().register_forward_hook(encoded)]
+    handles += [
+        module.register_forward_pre_hook(check(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if not any(module.children())
+    ]
+    try:
+        call_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(found)
+
+
+def real_tokens(model: nn.Module, batches: Sequence[Inputs]) -> list[Real]:
+    """Which tokens of each batch are real.
+
+    Those of a decoder are told by `decoder_attention_mask`, or by labels that are not -100.
     """
-    if not isinstance(model, PreTrainedModel) or not isinstance(batch, Mapping):
-        return None
-    return None if model.config.is_encoder_decoder else token_mask(model, batch)
+    if not isinstance(model, PreTrainedModel):
+        return [Real() for _ in batches]
+    both, cross, result = model.config.is_encoder_decoder, None, list[Real]()
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            result.append(Real())
+        elif not both:
+            result.append(Real(token_mask(model, batch)))
+        else:
+            cross = _readers_of_encoder(model, batch) if cross is None else cross
+            told = batch.get("decoder_attention_mask")
+            if told is None and "labels" in batch and batch["labels"].ndim == 2:
+                told = batch["labels"] != -100
+            result.append(Real(token_mask(model, batch), None if told is None else told > 0, cross))
+    return result
 
 
 def _groups(block: Block, matrices: Sequence[Matrix]) -> tuple[list[list[Matrix]], dict[str, int]]:
@@ -109,7 +171,7 @@ class _Traces:
 
     def __post_init__(self) -> None:
         if self.block.keep_traces:
-            for index in range(len(self.block.masks)):
+            for index in range(len(self.block.real)):
                 with traced(self.dense, self.names, self.block.sums) as trace:
                     self.block.run_dense(index)
                 self.kept.append(trace)
@@ -160,7 +222,8 @@ def _moments(
     outputs = outputs if traces is not None else 0
     result = [Moments.zeros(view.shape[2], outputs, device) for _ in range(view.shape[0])]
     module = block.pruned.get_submodule(name)
-    for index, mask in enumerate(block.masks):
+    for index, real in enumerate(block.real):
+        mask = real.of(name)
         if traces is None:
             # a whole model may call its modules as often as each batch says
             count = sum(calls[n] for n in names) if block.keep_traces else 0

@@ -250,3 +250,22 @@ def test_a_merged_adapter_keeps_the_zeros(given, tiny, inputs_for, logits):
     assert not torch.allclose(changed, sparse, atol=1e-3), "the update is in"
     with pytest.raises(ConfigError, match="has no adapter to merge"):
         merge_adapter(nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_a_merged_adapter_keeps_the_zeros_of_experts(tiny):
+    """Packed experts are parameters: PEFT wraps them once for each, one around the other."""
+    model = tiny("mixtral")
+    masks = magnitude_masks(find_weights(model), 0.6)
+    apply_masks_(model, masks)
+    before = model.state_dict()["model.layers.0.mlp.experts.down_proj"].clone()
+    packed = ["experts.gate_up_proj", "experts.down_proj"]
+    told = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=packed)
+    tuned = get_peft_model(model, told)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    merged = merge_adapter(tuned)
+    assert_zero(dict(merged.named_parameters()), masks)
+    after = merged.state_dict()["model.layers.0.mlp.experts.down_proj"]
+    assert not torch.allclose(before, after, atol=1e-3), "the update is in"

@@ -15,7 +15,9 @@ from hf_prune.weights.problem import CRITERIA, Options, data_free_scores
 from hf_prune.weights.sensitivity import measure_sensitivity
 from hf_prune.weights.solvers import Problem, wanda
 from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
-from hf_prune.weights.walk import mask_of
+from hf_prune.weights.walk import real_tokens
+
+PLAIN = {"weights": {"dense_target": False}}
 
 
 def stage(**fields):
@@ -80,7 +82,9 @@ def test_knapsack_loses_less_than_uniform(tiny, inputs_for):
             gram = known[matrix.name].grams[0]
             gram = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
             problem = Problem(matrix.parameter.detach(), gram, Pattern(), removed[matrix.name][0])
-            total += known[matrix.name].weight * float(problem.error(wanda(problem, 8)[0]).sum())
+            total += known[matrix.name].weights[0] * float(
+                problem.error(wanda(problem, 8)[0]).sum()
+            )
         return total
 
     losses = {
@@ -98,9 +102,42 @@ def test_sensitivity_knows_inputs_and_gradients():
     torch.testing.assert_close(known["0.weight"].grams[0], inputs.T @ inputs / 50)
     hidden = (inputs @ model[0].weight.T).detach()
     torch.testing.assert_close(known["1.weight"].grams[0], hidden.T @ hidden / 50)
-    assert known["1.weight"].weight == pytest.approx(1.0), "d(+-z)/dz is a sign"
-    expected = float(model[1].weight.detach().square().mean())
-    assert known["0.weight"].weight == pytest.approx(expected, rel=1e-5)
+    assert known["1.weight"].weights == pytest.approx([50.0]), "d(+-z)/dz is a sign, 50 times"
+    expected = 50 * float(model[1].weight.detach().square().mean())
+    assert known["0.weight"].weights == pytest.approx([expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_position_and_every_call_is_felt(frozen):
+    """A convolution is felt at all positions, a layer that runs twice at both of its calls."""
+    head = nn.Linear(12, 1, bias=False)
+    model = nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.Flatten(), head)
+    model.requires_grad_(not frozen)
+    known = measure_sensitivity(model, find_matrices(model), [torch.randn(5, 1, 6)])
+    expected = 5 * float(head.weight.detach().square().sum()) / 2  # of each of two channels
+    assert known["0.weight"].weights == pytest.approx([expected], rel=1e-5)
+    assert all(p.requires_grad is not frozen for p in model.parameters())
+    twice = nn.Linear(3, 3, bias=False)
+    model = nn.Sequential(twice, twice, nn.Linear(3, 1, bias=False))
+    known = measure_sensitivity(model, find_matrices(model), [torch.randn(4, 3)])
+    last = model[2].weight.detach()
+    both = last.square().mean() + (last @ twice.weight.detach()).square().mean()
+    assert known["0.weight"].weights == pytest.approx([4 * float(both)], rel=1e-4)
+
+
+def test_experts_are_felt_by_the_tokens_that_they_get(tiny, inputs_for):
+    model, batch = tiny("mixtral"), inputs_for("mixtral")
+    matrices = find_matrices(model, targets=["*experts*"])
+    known = measure_sensitivity(model, matrices, [batch])
+    chosen = model.config.num_experts_per_tok
+    for matrix in matrices:
+        found = known[matrix.name].weights
+        assert len(found) == matrix.groups
+        assert len(set(found)) > 1, "not all get the same"
+    first = known[matrices[0].name].weights
+    total = sum(known[matrices[1].name].weights)
+    assert sum(first) == pytest.approx(total, rel=1e-5), "every token has as many experts"
+    assert max(first) < total / chosen + 1e-6, "no expert gets a token twice"
 
 
 def test_gradient_scores(tiny, inputs_for):
@@ -134,11 +171,73 @@ def test_gradient_scores_ask_for_labels(tiny, inputs_for):
 
 
 def test_which_tokens_count(tiny, inputs_for):
-    """Of an encoder with a decoder all do: the mask of the one says nothing of the other's."""
     batch = inputs_for("bert")
-    assert torch.equal(mask_of(tiny("bert"), batch), batch["attention_mask"].bool())
-    assert mask_of(tiny("t5"), inputs_for("t5")) is None
-    assert mask_of(nn.Linear(3, 3), torch.randn(4, 3)) is None
+    (real,) = real_tokens(tiny("bert"), [batch])
+    assert torch.equal(real.of("bert.pooler.dense"), batch["attention_mask"].bool())
+    assert real_tokens(nn.Linear(3, 3), [torch.randn(4, 3)])[0].of("") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "crosses"),
+    [("t5", ["EncDecAttention.k", "EncDecAttention.v"]), ("bart", ["encoder_attn.k_proj"])],
+)
+def test_which_tokens_of_encoder_and_decoder_count(name, crosses, tiny, inputs_for):
+    """Keys and values of cross-attention read the sequence of the encoder, all else its own."""
+    model, batch = tiny(name), inputs_for(name)
+    batch["labels"][0, 3:] = -100
+    (real,) = real_tokens(model, [batch])
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    ours = [n for n in linear if ".decoder." not in f".{n}" and "encoder" in n]
+    cross = [n for n in linear if n.endswith(tuple(crosses))]
+    assert ours
+    assert cross
+    for module in (*ours, *cross):
+        assert torch.equal(real.of(module), batch["attention_mask"].bool()), module
+    for module in linear:
+        if module.endswith(("q_proj", "SelfAttention.q", "lm_head")) and module not in ours:
+            assert torch.equal(real.of(module), batch["labels"] != -100), module
+
+
+def test_global_is_one_ranking_of_models_that_generate(tiny):
+    model = tiny("llama")
+    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
+    told = stage(criterion="magnitude", solver="global", reconstruct=False, **PLAIN)
+    result, entry = prune_stage_(model, told, [], 0)
+    gone = torch.cat([dense[n][~mask].abs() for n, mask in result.masks.items()])
+    kept = torch.cat([dense[n][mask].abs() for n, mask in result.masks.items()])
+    assert gone.max() <= kept.min()
+    assert entry["ranked_by"] == "matrix"
+    with pytest.raises(ConfigError, match="one ranking of all matrices: leave rank: row out"):
+        check_weight_stage(stage(criterion="magnitude", solver="global", weights={"rank": "row"}))
+
+
+def test_global_ranks_blocks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight.data *= 3
+    dense = [m.weight.detach().clone() for m in model]
+    weights = {"dense_target": False, "pattern": "2x2"}
+    told = stage(criterion="magnitude", solver="global", reconstruct=False, weights=weights)
+    prune_stage_(model, told, [], 0)
+    grids = [m.view(4, 2, 4, 2).square().sum(dim=(1, 3)).flatten() for m in dense]
+    left = [(m.weight.view(4, 2, 4, 2) != 0).any(dim=3).any(dim=1).flatten() for m in model]
+    scores, kept = torch.cat(grids), torch.cat(left)
+    assert int(kept.sum()) == 16
+    assert scores[kept].min() > scores[~kept].max()
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_a_block_of_every_matrix_stays(budget, caplog):
+    """A layer of zeros ends a network; one no larger than a block stays as it is, and is named."""
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 24), nn.Linear(24, 24))
+    weights = {"dense_target": False, "pattern": "16x16"}
+    told = stage(
+        sparsity=0.9, criterion="magnitude", solver=budget, reconstruct=False, weights=weights
+    )
+    prune_stage_(model, told, [], 0)
+    assert all(bool((m.weight != 0).any()) for m in model)
+    assert bool((model[0].weight != 0).all())
+    assert "no larger than one block of 16x16, and left as they are: 0.weight" in caplog.text
 
 
 def test_scores_without_inputs(tiny):

@@ -192,6 +192,30 @@ def test_every_call_of_every_batch_counts(dense_target):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("criterion", ["admm", "wanda"])
+def test_padding_of_encoder_and_decoder_is_never_counted(name, criterion, tiny, inputs_for):
+    """Both are of one length here: only what a module reads says whose padding it sees."""
+    batches, changed = [], []
+    for seed in range(3):
+        batch = inputs_for(name, seed, (9, 9))
+        ids = batch["input_ids"]
+        ours, theirs = torch.ones_like(ids), torch.ones_like(ids)
+        ours[0, 4:], theirs[1, 6:] = 0, 0
+        told = {"attention_mask": ours, "decoder_attention_mask": theirs}
+        batches.append({"input_ids": ids, "decoder_input_ids": ids.flip(1), **told})
+        other = {
+            "input_ids": ids.masked_fill(ours == 0, 77),
+            "decoder_input_ids": ids.flip(1).masked_fill(theirs == 0, 77),
+        }
+        changed.append({**other, **told})
+    first, second = tiny(name), tiny(name)
+    run(first, batches, criterion=criterion)
+    run(second, changed, criterion=criterion)
+    for (key, one), two in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3, msg=key)
+
+
 @contextmanager
 def dying_after_a_layer(monkeypatch):
     """A walk that is broken off when it begins its second layer."""

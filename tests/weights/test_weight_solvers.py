@@ -41,7 +41,7 @@ def slow_sparsegpt(problem, block):
         for j in range(start, end):  # the score of a column once those to its left are settled
             inverse = torch.linalg.inv(gram[j:, j:])
             scores[:, j - start] = weight[:, j].abs() / inverse[0, 0].sqrt()
-        wanted = problem.removed * end // columns - gone
+        wanted = max(0, problem.removed * end // columns - gone)
         mask[:, start:end] = keep(scores, wanted, problem.pattern)
         gone = int((~mask[:, :end]).sum())
         for j in range(start, end):
@@ -94,6 +94,17 @@ def test_masks_are_exact_and_values_are_zero_elsewhere(name, pattern):
             assert int((~mask).sum()) == problem.removed
         assert not weight[~mask].any()
         assert (weight[mask] != 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize("pattern", ["8x4", "4x4", "8x1", "3x5"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.3, 0.4, 0.7])
+def test_blocks_remove_less_than_one_block_more(name, pattern, sparsity):
+    """Also where a strip of columns is due less than one block."""
+    told = parse_pattern(pattern)
+    problem = problem_of(0, 8, 32, told, sparsity, tokens=80)
+    gone = int((~SOLVERS[name](problem, 2)[1]).sum())
+    assert problem.removed <= gone < problem.removed + told.first * told.second
 
 
 @settings(max_examples=40, deadline=None)
