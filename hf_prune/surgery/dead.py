@@ -1,8 +1,9 @@
 """Units that single zeros have left without effect: found, folded into a bias, really removed.
 
-A neuron or a head whose columns in the output projection are all zero adds nothing. A neuron whose
-rows are all zero gives the same number for every token, which moves into the bias of the output
-projection. What is left computes the same.
+A neuron or a head whose columns in the output projection are all zero adds nothing. Neither does
+one that gives zeros because one of its factors is zero: the values of a head, one of two rows of a
+gated neuron. A neuron whose rows are all zero gives the same number for every token, which moves
+into the bias of the output projection. What is left computes the same.
 """
 
 from collections.abc import Mapping
@@ -21,18 +22,26 @@ from hf_prune.surgery.shapes import keep_index
 Masks = Mapping[str, Tensor]
 
 
-def _rows_are_zero(model: PreTrainedModel, site: Site) -> Tensor:
-    """True for units none of whose inputs counts, `[U]`; only neurons of plain projections."""
+def _zero_rows(model: PreTrainedModel, site: Site) -> tuple[Tensor, Tensor]:
+    """Units none of whose rows counts, and units with a part that gives zeros; `[U]` both.
+
+    A part is what a unit owns of one projection. Only of plain projections; the first of neurons.
+    """
     base = base_model(model)
     slices = [item for item in site.slices if item.axis == 0]
-    if site.kind != "neurons" or any(item.parameter for item in slices):
-        return torch.zeros(site.units, dtype=torch.bool)
-    zero = torch.ones(site.units, dtype=torch.bool)
+    none = torch.zeros(site.units, dtype=torch.bool)
+    if not slices or any(item.parameter for item in slices):
+        return none, none
+    every, some = ~none, none.clone()
     for item in slices:
-        weight = logical_weight(projection(base, item.module)).detach()
-        rows = weight[item.offset : item.offset + site.units * item.width]  # [U * D, C]
-        zero &= (rows == 0).view(site.units, -1).all(dim=1).cpu()
-    return zero
+        module = projection(base, item.module)
+        own = slice(item.offset, item.offset + site.units * item.width)
+        zero = (logical_weight(module).detach()[own] == 0).reshape(site.units, -1).all(dim=1).cpu()
+        every &= zero
+        if module.bias is not None:
+            zero = zero & (module.bias.detach()[own] == 0).view(site.units, -1).all(dim=1).cpu()
+        some |= zero
+    return every if site.kind == "neurons" else none, some
 
 
 @torch.no_grad()
@@ -74,11 +83,14 @@ def find_dead(model: PreTrainedModel, batch: Batch) -> tuple[Plan, dict[str, Ten
     for site in sites:
         weight = gate_weight(base_model(model), site).detach()  # [U, N]
         silent = (weight == 0).all(dim=1).cpu()
-        still = _rows_are_zero(model, site) & ~silent
+        still, part = _zero_rows(model, site)
         module = projection(base_model(model), site.gate.module)
         values = constants[site.name]
+        nothing = (values == 0).view(site.units, -1).all(dim=1).cpu()
+        silent |= part & nothing  # a factor is zero for every token, and so is the product
+        still &= ~silent
         if module.bias is None:
-            still &= (values == 0).cpu() if site.gate.width == 1 else torch.tensor(False)
+            still &= nothing
         gone = (silent | still).nonzero().flatten().tolist()[: site.units - max(site.floor, 1)]
         if not gone:
             continue

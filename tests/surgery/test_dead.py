@@ -65,6 +65,36 @@ def test_a_head_goes_when_nothing_reads_it(tiny, inputs_for, logits):
     torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
 
 
+def test_one_zero_factor_is_enough(tiny, inputs_for, logits):
+    """A gated neuron is a product; a head without values is a mean of zeros."""
+    model, batch = tiny("llama"), inputs_for("llama")
+    layer = model.model.layers[1]
+    layer.mlp.up_proj.weight.data[:2] = 0
+    layer.mlp.gate_proj.weight.data[3] = 0
+    attention = next(s for s in find_sites(model) if s.kind == "heads" and s.layer == 1)
+    read = next(s for s in attention.slices if s.module.endswith("v_proj"))
+    layer.self_attn.v_proj.weight.data[: read.width] = 0
+    layer.self_attn.q_proj.weight.data[-read.width :] = 0  # a head that looks everywhere alike
+    before = logits(model, batch)
+    plan, _ = remove_dead_(model, batch)
+    assert plan.sites["layers.1.ffn"].removed == (0, 1, 3)
+    assert plan.sites[attention.name].removed == (0,)
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+
+
+def test_zero_values_with_a_bias_are_no_zeros(tiny, inputs_for, logits):
+    model, batch = tiny("bert"), inputs_for("bert")
+    values = model.bert.encoder.layer[0].attention.self.value
+    width = values.weight.shape[0] // model.config.num_attention_heads
+    values.weight.data[: 2 * width] = 0
+    values.bias.data[:width] = 0
+    values.bias.data[width : 2 * width] = 0.3
+    before = logits(model, batch)
+    plan, _ = remove_dead_(model, batch)
+    assert plan.sites["encoder.layer.0.attention"].removed == (0,)
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+
+
 def test_nothing_dead_nothing_removed(tiny, inputs_for):
     model = tiny("llama")
     plan, folded = find_dead(model, inputs_for("llama"))
