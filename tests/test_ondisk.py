@@ -117,6 +117,10 @@ def test_one_layer_at_a_time(tiny, inputs_for, tmp_path, monkeypatch):
     [
         ({"solver": "knapsack"}, "with solver: uniform"),
         ({"criterion": "sensitivity"}, "needs no gradient"),
+        ({"weights": {"polish_steps": 5}}, "weights.polish_steps: not from disk to disk"),
+        ({"weights": {"embeddings": True}}, "weights.embeddings: not from disk to disk"),
+        ({"weights": {"remove_dead": True}}, "weights.remove_dead: not from disk to disk"),
+        ({"weights": {"targets": ("lm_head*",)}}, "nothing outside of layers is pruned: lm_head"),
     ],
 )
 def test_what_needs_the_whole_model(fields, message, tiny, inputs_for, tmp_path):
@@ -146,6 +150,14 @@ def test_models_that_are_not_a_chain_of_layers(tiny, inputs_for, tmp_path):
     with pytest.raises(UnsupportedModelError):
         prune_folder(source, tmp_path / "out", stage(), [inputs_for("t5")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_neox"])
+def test_names_that_differ_on_disk(name, tiny, inputs_for, tmp_path):
+    """The checkpoint is whole: what it needs is another way, and the error says which."""
+    source = saved(tiny(name), tmp_path / "dense")
+    with pytest.raises(UnsupportedModelError, match="under other names than the model has"):
+        prune_folder(source, tmp_path / "out", stage(), [inputs_for(name)])
 
 
 def test_the_command(tiny, tmp_path):

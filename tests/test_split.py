@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_prune import compress, load_recipe, save_result
+from hf_prune import split as room
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.oneshot import analyse
 from hf_prune.recipe import count_to_remove
@@ -33,6 +34,22 @@ def run(tiny, inputs_for, name, **changes):
     result = compress(model, recipe, batches)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     return model, recipe.prune_stages[0], result
+
+
+def test_every_stage_reads_as_many_examples_as_it_says(tiny, inputs_for, monkeypatch):
+    """Units are decided on all of them, weights on fewer: the longer reading is not the rule."""
+    seen, real = [], room.prune_stage_
+
+    def watches(model, stage, batches, seed):
+        seen.append(sum(len(batch["input_ids"]) for batch in batches))
+        return real(model, stage, batches, seed)
+
+    monkeypatch.setattr(room, "prune_stage_", watches)
+    common = {"stage": "prune", "sparsity": 0.5, "min_calibration_samples": 1}
+    units = {**common, "criterion": "magnitude", "calibration_samples": 12}
+    weights = {**common, "units": ["weights"], "calibration_samples": 5}
+    compress(tiny("bert"), {"stages": [units, weights]}, [inputs_for("bert", s) for s in range(4)])
+    assert seen == [5]
 
 
 @TWO

@@ -17,6 +17,7 @@ from hf_prune.recipe import Names, did_you_mean
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """Names under which transformers packs the matrices of all experts of a layer, `[X, R, C]`."""
 
@@ -68,9 +69,9 @@ def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]
         yield Matrix(name, prefix, "linear", module.weight, transposed=True)
     elif isinstance(module, CONVOLUTIONS) and plain:
         yield Matrix(name, prefix, "convolution", module.weight, module.groups)
-    elif isinstance(module, RECURRENT):
+    elif isinstance(module, (*RECURRENT, *CELLS)):
         for key, parameter in module.named_parameters(recurse=False):
-            if key.startswith("weight"):
+            if key.startswith(("weight_ih", "weight_hh")):  # projections of states are left alone
                 yield Matrix(f"{prefix}.{key}" if prefix else key, prefix, "recurrent", parameter)
     elif isinstance(module, nn.Embedding) and embeddings:
         yield Matrix(name, prefix, "embedding", module.weight)

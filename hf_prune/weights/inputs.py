@@ -239,6 +239,20 @@ def _steps(module: nn.RNNBase, call: Call, key: str) -> Tensor:
     raise UnsupportedModelError(f"{type(module).__name__} has no matrix {key!r} to follow.")
 
 
+def _cell(module: nn.RNNCellBase, call: Call, key: str) -> Tensor:
+    """What a matrix of a recurrent cell is multiplied with, `[B, C]`: the input, or the state."""
+    value = main_tensor(module, call)
+    if key == "weight_ih":
+        return value.reshape(-1, value.shape[-1])
+    state = call.args[1] if len(call.args) > 1 else call.kwargs.get("hx")
+    state = state[0] if isinstance(state, tuple) else state
+    rows = value.numel() // value.shape[-1]
+    if state is None:
+        return value.new_zeros(rows, module.hidden_size)
+    before: Tensor = state.reshape(rows, module.hidden_size)
+    return before
+
+
 def _routed(
     matrix: Matrix, module: nn.Module, call: Call, tokens: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -280,6 +294,8 @@ def rows_of(matrix: Matrix, module: nn.Module, call: Call, mask: Tensor | None) 
         return list(_patches(module, main_tensor(module, call)))
     if isinstance(module, nn.RNNBase):
         return [_steps(module, call, matrix.name.rpartition(".")[2])]
+    if isinstance(module, nn.RNNCellBase):
+        return [_cell(module, call, matrix.name.rpartition(".")[2])]
     return [real_rows(main_tensor(module, call), mask)]
 
 

@@ -124,6 +124,27 @@ def test_movement(solver, tiny, tmp_path):
     assert any(not torch.equal(by_size[n], m) for n, m in callback.masks.items())
 
 
+class Plain(nn.Module):
+    """No model of transformers: a Trainer asks only for a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.inner, self.outer = nn.Embedding(99, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        logits = self.outer(self.inner(self.words(input_ids).mean(1)).relu())
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "movement"])
+def test_any_module_that_a_trainer_trains(criterion, tmp_path):
+    model = Plain()
+    callback = PruneCallback(recipe(criterion=criterion, ignore=["outer*"]))
+    train(model, tmp_path, callback)
+    assert_zero(dict(model.named_parameters()), callback.masks)
+    assert callback.plan.weights == {"inner.weight": 32}
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_sums_and_masks_come_back_in_any_order(tiny, reverse):
     """A file of tensors has no order of its own."""

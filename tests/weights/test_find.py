@@ -175,6 +175,27 @@ def test_a_given_first_state_counts():
     torch.testing.assert_close(rows[0, :2], start[0])
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_rows_of_recurrent_cells(kind):
+    cell, inputs, state = kind(4, 3), torch.randn(2, 4), torch.randn(2, 3)
+    assert torch.equal(rows_of(cell, "weight_ih", inputs)[1][0], inputs)
+    assert torch.equal(rows_of(cell, "weight_hh", inputs)[1][0], torch.zeros(2, 3))
+    given = (state, state + 1) if kind is nn.LSTMCell else state
+    assert torch.equal(rows_of(cell, "weight_hh", inputs, given)[1][0], state)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_states_of_another_width_are_followed():
+    """Their projection is left alone; what the states are multiplied with is found."""
+    module = nn.LSTM(4, 6, proj_size=3)
+    assert [m.name for m in find_matrices(module)] == ["weight_ih_l0", "weight_hh_l0"]
+    inputs = torch.randn(5, 2, 4)
+    _, rows = rows_of(module, "weight_hh_l0", inputs)
+    states = module(inputs)[0]
+    before = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
+    torch.testing.assert_close(rows[0], before.flatten(0, 1))
+
+
 def test_packed_sequences_are_refused_by_name():
     sequence = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 4), [5, 3])
     with pytest.raises(UnsupportedModelError, match="LSTM was called with a PackedSequence"):

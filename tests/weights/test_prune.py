@@ -318,6 +318,8 @@ def test_any_module_by_the_fields_of_a_stage():
     told = {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}}
     sparsify_(plain, sparsity=0.5, **told)
     assert float((plain(images) - before).square().mean() / before.square().mean()) > gap
+    with pytest.raises(ConfigError, match="reads all batches that it is given"):
+        sparsify_(plain, sparsity=0.5, calibration_samples=8, **told)
     with pytest.raises(ConfigError, match=r"sparsify_: .*sparsty"):
         sparsify_(net, images.split(8), sparsty=0.5)
     with pytest.raises(DataError, match="needs calibration batches"):
