@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
+from hf_prune.plan import Plan
 from hf_prune.recipe import Prune
 from hf_prune.search.experience import Case, Experience, case_of
 from hf_prune.search.floor import Point, Tried, by_bisection, by_optuna
@@ -50,6 +51,7 @@ class Analysis:
         rankings: in which order, and what is lost.
         refit_batches: for the re-fit.
         dense: the network that the re-fit aims at; `model` itself, unless it was pruned before.
+        given: the network before anything was pruned, which a floor is measured from.
         seed: of everything random.
         seconds: wall time of each step so far.
     """
@@ -59,6 +61,7 @@ class Analysis:
     rankings: Mapping[str, Ranking]
     refit_batches: Sequence[Batch]
     dense: PreTrainedModel
+    given: PreTrainedModel
     seed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     targets: DenseTargets | None = None
@@ -92,6 +95,7 @@ def analyse(
     seed: int,
     *,
     dense: PreTrainedModel | None = None,
+    given: PreTrainedModel | None = None,
 ) -> Analysis:
     """Find the sites of a model, collect what the criterion needs, and rank the units.
 
@@ -103,6 +107,7 @@ def analyse(
         seed: of everything random.
         dense: what the re-fit aims at, where `model` itself is no longer dense; a parallel one aims
             at `model` all the same, whose units the plan numbers.
+        given: what a floor is measured from; `dense`, if not said.
 
     Raises:
         ConfigError: when no site is left.
@@ -130,7 +135,7 @@ def analyse(
     many = first_examples(model, batches, stage.reconstruction_samples or stage.calibration_samples)
     alone = dense is None or stage.reconstruction == "parallel"
     aim = model if alone or dense is None else dense
-    return Analysis(model, sites, rankings, many, aim, seed, seconds)
+    return Analysis(model, sites, rankings, many, aim, given or dense or model, seed, seconds)
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,7 @@ def _search(
         chooser.goals_met_by(decision),
         analysis.refit_batches,
         analysis.seed,
+        analysis.dense,
     )
     start = chooser.counts_of(decision.selection)
     found = search.run(start, stage.search_trials)
@@ -243,20 +249,25 @@ class _FloorRun:
     least: float
     trials: list[dict[str, float]] = field(default_factory=list)
     best: tuple[float, Pruned] | None = None
+    known: list[tuple[Plan, float]] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
 
     def attempt(self, point: Point) -> Tried:
         """Build and measure one model; the smallest good one is remembered."""
         weights = point.weights(self.analysis.sites)
         decision = self.chooser.choose(point.scale, weights)
-        pruned = carry_out(self.analysis, decision, self.stage)
-        value = _on_all_processes(self.metric(pruned.model))
+        plan, pruned = decision.selection.plan, None
+        value = next((value for known, value in self.known if known == plan), None)
+        if value is None:
+            pruned = carry_out(self.analysis, decision, self.stage)
+            value = _on_all_processes(self.metric(pruned.model))
+            self.known.append((plan, value))
         outcome = decision.selection.outcomes[0]
         removed = outcome.removed / max(outcome.total, 1)
         tried = Tried(point, value, removed, value >= self.least)
         self.trials.append(tried.to_dict())
         logger.info("floor %.4f: %.4f with %.3f gone", self.least, value, removed)
-        if tried.good and (self.best is None or removed > self.best[0]):
+        if pruned and tried.good and (self.best is None or removed > self.best[0]):
             self.best = removed, pruned
         return tried
 
@@ -286,7 +297,7 @@ def _above_floor(
     """The smallest model that keeps the metric, between nothing and all that is asked for."""
     floor = stage.floor
     assert floor is not None  # noqa: S101  # asked for one
-    least = _on_all_processes(metric(analysis.dense)) - floor.drop
+    least = _on_all_processes(metric(analysis.given)) - floor.drop
     if least != least:
         raise DataError("the metric of the dense model is not a number.")
     case = case_of(
@@ -306,7 +317,7 @@ def _above_floor(
         by_bisection(run.attempt, floor, run.late, start)
     if run.best is None:
         logger.warning("no smaller model above the floor was found: nothing is removed.")
-        best = carry_out(analysis, chooser.choose(0.0), stage)
+        best = carry_out(analysis, chooser.nothing(), stage)
     else:
         removed, best = run.best
         if experience is not None:

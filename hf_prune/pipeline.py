@@ -120,7 +120,7 @@ def _all_stages(
         elif stage.structural:
             narrows = HIDDEN in stage.units
             goal = pruned if narrows else aim
-            analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal)
+            analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal, given=model)
             done = prune_once(analysis, stage, *search)
             pruned, step, entries = done.model, done.decision.selection.plan, [done.entry]
             aim = copy.deepcopy(pruned) if narrows else aim

@@ -42,6 +42,8 @@ TOLERANCE = 0.05
 """A measured latency this close to the one asked for is met."""
 CLOSE_ENOUGH = 0.015
 """The goal is not moved for less than this."""
+MOVED = 0.1
+"""A dense model that has become faster or slower by more than this is named."""
 MAX_ATTEMPTS = 4
 """How often widths are chosen and timed."""
 ROUNDS = 15
@@ -59,12 +61,22 @@ class Timing:
     attempts: int
     shape: Shape
 
+    @property
+    def wrong(self) -> float:
+        """How far the measured latency is from the asked one, as a share of it."""
+        return self.measured_ms / self.asked_ms - 1
+
+    @property
+    def met(self) -> bool:
+        """Whether it is no slower than asked, but for `TOLERANCE`."""
+        return self.wrong <= TOLERANCE
+
     def to_dict(self) -> dict[str, object]:
         """For the report. `deviation` is that of the measured from the asked."""
         return {
             **dataclasses.asdict(self),
             "speedup": self.dense_ms / self.measured_ms,
-            "deviation": self.measured_ms / self.asked_ms - 1,
+            "deviation": self.wrong,
             "deviation_of_table": self.predicted_ms / self.measured_ms - 1,
         }
 
@@ -172,6 +184,8 @@ class Chooser:
                 self.table = of_the_main_process(
                     lambda: latency_table(self.model, self.sites, self.shape, empty=empty)
                 )
+                if target.latency_ms is not None:
+                    self.table = self.table.times(of_the_main_process(self._moved))
             tables = self.table.tables(self.sites)
             total = self.table.total_ns
             asked = max(0, total - _allowed_ns(target, self.table))
@@ -191,6 +205,13 @@ class Chooser:
         if self.table is None:
             return Decision(self._decide(goals, weighed))
         return self._choose_timed(goals[:-1], goals[-1], self.table, weighed)
+
+    def nothing(self) -> Decision:
+        """The plan that removes nothing, whatever is asked for."""
+        counts = {site.name: site.units for site in self.sites}
+        model_type = self.model.config.model_type
+        made = selection_of(self.sites, self.rankings, counts, self.goals, model_type=model_type)
+        return Decision(made)
 
     def predict(self, scale: float) -> Selection:
         """The plan that removes `scale` of what the stage asks for, by the table alone."""
@@ -234,7 +255,7 @@ class Chooser:
         rankings: Mapping[str, Ranking],
     ) -> Decision:
         moved = goal
-        best: tuple[Selection, Timing] | None = None
+        found: list[tuple[Selection, Timing]] = []
         seen: list[Plan] = []
         for attempt in range(1, MAX_ATTEMPTS + 1):
             selection = self._decide([*others, moved], rankings)
@@ -242,17 +263,16 @@ class Chooser:
                 break  # nothing else is to be had
             seen.append(selection.plan)
             timing = self._timing(goal, self.counts_of(selection), table, attempt)
-            wrong = timing.measured_ms / timing.asked_ms - 1
-            if best is None or abs(wrong) < abs(best[1].measured_ms / best[1].asked_ms - 1):
-                best = selection, timing
+            found.append((selection, timing))
+            wrong = timing.wrong
             if abs(wrong) < CLOSE_ENOUGH:
                 break
             spent = goal.total - moved.asked
             moved = dataclasses.replace(
                 moved, asked=max(0, round(goal.total - spent / (1 + wrong)))
             )
-        assert best is not None  # noqa: S101  # there is at least one attempt
-        selection, timing = best
+        selection, best = min(found, key=lambda pair: (not pair[1].met, abs(pair[1].wrong)))
+        timing = dataclasses.replace(best, attempts=len(found))
         return Decision(_with_timing(selection, goal, timing), timing)
 
     def _timing(
@@ -266,6 +286,28 @@ class Chooser:
             attempts=attempt,
             shape=self.shape,
         )
+
+    def _moved(self) -> float:
+        """How much slower the dense model is now than when the table was measured.
+
+        Shares of a table hold, but milliseconds are those of a day: of another load, or clock.
+        """
+        assert self.table is not None  # noqa: S101  # it has been measured
+        now = compare_latency(
+            {"dense": self.model},
+            batch_size=self.shape.batch_size,
+            sequence_length=self.shape.sequence_length,
+            rounds=ROUNDS,
+        )["dense"].median_ms
+        moved = now * NS_PER_MS / self.table.total_ns
+        if abs(moved - 1) > MOVED:
+            logger.warning(
+                "the dense model takes %.1f ms now, %.2f times as long as in the latency table: "
+                "the table is adjusted.",
+                now,
+                moved,
+            )
+        return moved
 
     def _measure(self, counts: Mapping[str, int]) -> float:
         """The latency of a model of some widths, as a share of the dense model's."""

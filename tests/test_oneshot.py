@@ -7,6 +7,7 @@ from hf_prune import compress, compress_family
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import rename_layers
+from hf_prune.search import levels
 from hf_prune.sites import find_sites
 
 STAGE = {"stage": "prune", "sequence_length": 16}
@@ -80,6 +81,55 @@ def test_when_no_smaller_model_is_good_enough(tiny, inputs_for, caplog):
     result = compress(model, {"stages": [stage]}, batches, metric=metric)
     assert count_parameters(result.model) == count_parameters(model)
     assert "nothing is removed" in caplog.text
+
+
+@pytest.mark.parametrize("template", [None, "alternate_layers"])
+def test_nothing_goes_where_nothing_stays_above_the_floor(template, tiny, inputs_for):
+    """A template fixes all widths: one trial is all there is to build."""
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(3)]
+    total, built = count_parameters(model), []
+
+    def metric(candidate):
+        built.append(count_parameters(candidate))
+        return 1.0 if built[-1] == total else 0.0
+
+    stage = {**STAGE, "sparsity": 0.5, "floor": {"drop": 0.01, "trials": 4}}
+    if template:
+        told = {"solver": "template", "template": template, "min_heads": 0, "min_neurons": 0}
+        stage |= told
+    result = compress(model, {"stages": [stage]}, batches, metric=metric)
+    assert count_parameters(result.model) == total
+    assert not any(site.removed for site in result.plan.sites.values())
+    (entry,) = result.report["pruning"]
+    assert entry["removed"] == 0
+    assert not entry["met"]
+    assert len(built) == len(set(built)), "no plan is built twice"
+
+
+@pytest.mark.parametrize("reconstruction", ["sequential", "parallel"])
+def test_a_second_stage_is_measured_from_the_given_model(reconstruction, tiny, inputs_for):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+    total = count_parameters(model)
+    first = {**STAGE, "sparsity": 0.3}
+    floor = {"drop": 0.6, "trials": 3}
+    second = {**STAGE, "sparsity": 0.6, "floor": floor, "reconstruction": reconstruction}
+    told = {"stages": [first, second]}
+    result = compress(model, told, batches, metric=lambda m: count_parameters(m) / total)
+    assert result.report["pruning"][1]["floor"]["least"] == pytest.approx(0.4)
+
+
+def test_the_level_search_of_a_second_stage_aims_at_the_given_model(tiny, inputs_for, monkeypatch):
+    judged, real = [], levels.Judge
+
+    def watches(model, batches):
+        judged.append(count_parameters(model))
+        return real(model, batches)
+
+    monkeypatch.setattr(levels, "Judge", watches)
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(8)]
+    stages = [{**STAGE, "sparsity": 0.3}, {**STAGE, "sparsity": 0.5, "search_trials": 2}]
+    compress(model, {"stages": stages}, batches)
+    assert judged == [count_parameters(model)]
 
 
 def test_a_floor_needs_a_metric(tiny, inputs_for):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hub_standin import HubStandIn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from words import word_tokenizer
@@ -300,3 +301,32 @@ def test_dead_units_are_reported_only_where_they_were_looked_for(tiny, inputs_fo
     recipe["stages"][0]["weights"]["dense_target"] = True
     (entry,) = compress(tiny("bert"), recipe, [inputs_for("bert")] * 2).report["pruning"]
     assert entry["dead_units"] == 0
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_classifiers_with_encoder_and_decoder(kind, inputs_for):
+    """They read at the end of a text, exactly one in each row, and their decoder has padding."""
+    sizes = {"vocab_size": 99, "d_model": 16, "eos_token_id": 2, "pad_token_id": 1}
+    if kind == "bart":
+        ends = {side: 1 for side in ("encoder_layers", "decoder_layers")}
+        heads = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+        widths = {f"{side}_ffn_dim": 24 for side in ("encoder", "decoder")}
+        config = transformers.BartConfig(**sizes, **ends, **heads, **widths, num_labels=3)
+        model = transformers.BartForSequenceClassification(config)
+    else:
+        config = transformers.T5Config(
+            **sizes, d_ff=24, d_kv=8, num_heads=2, num_layers=1, decoder_start_token_id=1
+        )
+        model = transformers.T5ForSequenceClassification(config)
+    batches = []
+    for seed in range(3):
+        batch = inputs_for("t5", seed)
+        ids = batch["input_ids"].where(batch["attention_mask"] == 1, 1)
+        last = batch["attention_mask"].sum(dim=1, keepdim=True) - 1
+        ids = ids.scatter(1, last, 2)
+        labels = torch.tensor([0, 1, 0, 1])[: len(ids)]
+        batches.append({**batch, "input_ids": ids, "labels": labels})
+    result = compress(model.eval(), recipe(sparsity=0.4), batches)
+    stages = result.report["stages"]
+    assert stages["pruned"]["macs"] < stages["dense"]["macs"]
+    assert result.model(**batches[0]).logits.shape == (4, model.config.num_labels)

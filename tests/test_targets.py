@@ -124,6 +124,36 @@ def test_corrections_go_on_while_they_help(tiny, machine, monkeypatch):
     assert abs(timing.to_dict()["deviation"]) < TOLERANCE
 
 
+def test_milliseconds_are_those_of_now(tiny, machine, monkeypatch, caplog):
+    """A table of a day on which the machine was three times as slow: its shares hold."""
+    machine(1.0)
+    model = tiny("bert")
+    sites = find_sites(model)
+    stage = Prune(criterion="magnitude", target=Target(latency_ms=2.8), sequence_length=16)
+    rankings = score(model, sites, "magnitude")
+    expected = Chooser(model, sites, rankings, stage).choose()
+    fresh = targets.latency_table
+    monkeypatch.setattr(targets, "latency_table", lambda *a, **k: fresh(*a, **k).times(3.0))
+    found = Chooser(model, sites, rankings, stage).choose()
+    assert found.selection.plan == expected.selection.plan
+    assert found.timing.dense_ms == pytest.approx(expected.timing.dense_ms, rel=1e-4)
+    assert "0.33 times as long as in the latency table" in caplog.text
+
+
+def test_what_is_met_comes_before_what_is_close(tiny, machine, monkeypatch):
+    machine(1.0)
+    model = tiny("bert")
+    sites = find_sites(model)
+    stage = Prune(criterion="magnitude", target=Target(speedup="1.25x"), sequence_length=16)
+    measured = iter([0.9, 1.085, 1.08, 1.07])
+    asked = 1 / 1.25
+    monkeypatch.setattr(Chooser, "_measure", lambda self, counts: asked * next(measured))
+    decision = Chooser(model, sites, score(model, sites, "magnitude"), stage).choose()
+    assert decision.selection.met
+    assert decision.timing.wrong == pytest.approx(-0.1)
+    assert decision.timing.attempts > 1, "how many there were, not which one it is"
+
+
 def test_a_latency_out_of_reach_is_said(tiny, machine):
     machine(1.0)
     model = tiny("bert")

@@ -59,6 +59,14 @@ class LatencyTable:
         """By site, what each number of kept units adds to `fixed_ns`; never falls."""
         return {site.name: _interpolate(self.points[_group(site)], site.units) for site in sites}
 
+    def times(self, factor: float) -> "LatencyTable":
+        """The table of a machine that is slower by a factor."""
+        points = {
+            group: {width: round(factor * value) for width, value in each.items()}
+            for group, each in self.points.items()
+        }
+        return LatencyTable(round(factor * self.total_ns), round(factor * self.fixed_ns), points)
+
     def predict_ns(self, sites: Sequence[Site], counts: Mapping[str, int]) -> int:
         """The latency of the whole model when so many units of each site stay."""
         tables = self.tables(sites)
@@ -209,9 +217,19 @@ def measure_latency_table(
     )
 
 
+def _processor() -> str:
+    """The model of the processor: on Linux only this file says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
 def _key(model: PreTrainedModel, sites: Sequence[Site], shape: Shape, empty: bool) -> str:
     device = model.device
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     config = {
         key: value
         for key, value in model.config.to_dict().items()

@@ -58,6 +58,7 @@ class LevelSearch:
         goals: never exceeded.
         batches: calibration batches, split into those that are fitted and those that judge.
         seed: of the changes.
+        dense: what is aimed at; `model` itself, if not given.
         trials: what was judged, the start first: its `error`, 1 in `accepted` where that was the
             least so far, and 1 in `crossed` where it had two parents.
 
@@ -73,11 +74,13 @@ class LevelSearch:
     goals: Sequence[Goal]
     batches: Sequence[Batch]
     seed: int
+    dense: PreTrainedModel | None = None
     trials: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.judge = Judge(self.model, self.batches)
-        self.targets: DenseTargets = dense_targets(self.model, self.judge.fitted)
+        aim = self.dense or self.model
+        self.judge = Judge(aim, self.batches)
+        self.targets: DenseTargets = dense_targets(aim, self.judge.fitted)
         self.generator = torch.Generator().manual_seed(self.seed)
         ready = prepare(self.sites, self.rankings, self.stage)
         self.rankings, self.levels = ready.rankings, ready.levels

@@ -164,6 +164,23 @@ def token_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
     return mask.bool()
 
 
+def decoder_mask(batch: Batch) -> Tensor | None:
+    """Which tokens of a decoder are real, `[B, T]`; None where nothing says so.
+
+    Said by `decoder_attention_mask`; or by labels, of which -100 is padding; or, where the decoder
+    reads what the encoder reads, one place later, by `attention_mask`.
+    """
+    told = batch.get("decoder_attention_mask")
+    if told is not None:
+        return told.bool()
+    if "labels" in batch and batch["labels"].ndim == 2:
+        return batch["labels"] != -100
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or "input_ids" not in batch or "decoder_input_ids" in batch:
+        return None
+    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1).bool()
+
+
 def sequence_mask(model: PreTrainedModel, batch: Batch, module: str, like: Tensor) -> Tensor:
     """True for the real ones of the tokens that a module sees, `[B, T]`.
 
@@ -184,9 +201,7 @@ def sequence_mask(model: PreTrainedModel, batch: Batch, module: str, like: Tenso
     tokens = like.numel() // like.shape[-1] // examples
     parts = module.split(".")
     decoder = bool(model.config.is_encoder_decoder) and "decoder" in parts
-    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    if decoder and mask is None and "labels" in batch and batch["labels"].ndim == 2:
-        mask = batch["labels"] != -100
+    mask = decoder_mask(batch) if decoder else batch.get("attention_mask")
     if mask is not None and mask.shape == (examples, tokens) and "vision_model" not in parts:
         return mask.bool()
     told = mask is not None and not bool(mask.bool().all()) and "vision_model" not in parts

@@ -35,6 +35,16 @@ def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
         )
 
 
+def _ended(ids: torch.Tensor, end: int | list[int] | None, other: int) -> torch.Tensor:
+    """`[B, T]` ids, each row with one end of a text, its last token: classifiers read there."""
+    if end is None:
+        return ids
+    first = end if isinstance(end, int) else end[0]
+    ids = ids.masked_fill(ids == first, other if other != first else other + 1)
+    ids[:, -1] = first
+    return ids
+
+
 def example_batch(
     model: PreTrainedModel, batch_size: int, sequence_length: int
 ) -> dict[str, torch.Tensor]:
@@ -60,6 +70,8 @@ def example_batch(
         generator = torch.Generator().manual_seed(0)
         low = min(5, vocabulary - 1)  # past padding and the like
         ids = torch.randint(low, vocabulary, (batch_size, sequence_length), generator=generator)
+        if config.is_encoder_decoder:
+            ids = _ended(ids, config.get_text_config().eos_token_id, low)
         if model.main_input_name == "input_ids":
             inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if config.is_encoder_decoder:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device, token_mask
+from hf_prune.statistics.batches import (
+    Batch,
+    decoder_mask,
+    forward_kwargs,
+    to_device,
+    token_mask,
+)
 from hf_prune.statistics.moments import Moments, same_on_all
 from hf_prune.weights.find import Matrix, set_values_
 from hf_prune.weights.inputs import (
@@ -120,7 +126,7 @@ def _readers_of_encoder(model: PreTrainedModel, batch: Batch) -> frozenset[str]:
 def real_tokens(model: nn.Module, batches: Sequence[Inputs]) -> list[Real]:
     """Which tokens of each batch are real.
 
-    Those of a decoder are told by `decoder_attention_mask`, or by labels that are not -100.
+    Those of a decoder are told as `decoder_mask` says.
     """
     if not isinstance(model, PreTrainedModel):
         return [Real() for _ in batches]
@@ -132,10 +138,7 @@ def real_tokens(model: nn.Module, batches: Sequence[Inputs]) -> list[Real]:
             result.append(Real(token_mask(model, batch)))
         else:
             cross = _readers_of_encoder(model, batch) if cross is None else cross
-            told = batch.get("decoder_attention_mask")
-            if told is None and "labels" in batch and batch["labels"].ndim == 2:
-                told = batch["labels"] != -100
-            result.append(Real(token_mask(model, batch), None if told is None else told > 0, cross))
+            result.append(Real(token_mask(model, batch), decoder_mask(batch), cross))
     return result
 
 

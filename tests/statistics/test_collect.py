@@ -175,6 +175,17 @@ def test_a_decoder_has_padding_of_its_own(tiny, inputs_for):
         sequence_mask(model, batch, "encoder.block.0", torch.zeros(4, 5, 3))
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_decoder_that_reads_what_its_encoder_reads(name, tiny, inputs_for):
+    """Of classifiers: the same tokens, one place later, and the same padding."""
+    model, batch = tiny(name), inputs_for(name, 0, (9, 4))
+    batch["labels"] = torch.tensor([0, 1])
+    like = torch.zeros(2, 9, 3)
+    assert sequence_mask(model, batch, "decoder.block.0", like).sum(dim=1).tolist() == [9, 5]
+    batch["decoder_input_ids"] = batch["input_ids"]
+    assert sequence_mask(model, batch, "decoder.block.0", like).all(), "nothing says so"
+
+
 @families
 def test_input_norm_against_a_loop(name, tiny, inputs_for):
     model, batch = tiny(name), inputs_for(name)
