@@ -29,6 +29,7 @@ from hf_prune.measure.latency_table import (
     latency_table,
     shaped_like,
 )
+from hf_prune.measure.lengths import site_lengths
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Target, share_of
 from hf_prune.sites import Site
@@ -111,7 +112,7 @@ def _counted(
         goals.append(Goal("parameters", tables, total, total - _allowed(target.parameters, total)))
     if target.macs is not None:
         total = count_macs(model, length)
-        tables = cost_tables(sites, "macs", length)
+        tables = cost_tables(sites, "macs", site_lengths(model, sites, length))
         goals.append(Goal("macs", tables, total, total - _allowed(target.macs, total)))
     if target.bytes is not None:
         size = model.dtype.itemsize
@@ -168,11 +169,13 @@ class Chooser:
         self.shape = Shape(target.batch_size if target else 1, self.stage.sequence_length)
         if target is None:
             layers = (self.stage.of, self.stage.cost) == ("layers", "parameters")
+            length = self.stage.sequence_length
+            macs = self.stage.cost == "macs"
             goal = make_goal(
                 self.sites,
                 self.stage.cost,
                 self.stage.fraction,
-                sequence_length=self.stage.sequence_length,
+                tokens=site_lengths(self.model, self.sites, length) if macs else length,
                 base=count_encoder_parameters(self.model) if layers else None,
             )
             self.goals.append(goal)

@@ -38,6 +38,19 @@ def test_counted_targets_hold_for_the_whole_model(tiny, inputs_for, name, share)
         assert dense - left == entry["removed"]
 
 
+@pytest.mark.parametrize("name", ["vit", "clip_vision_model", "whisper", "clip", "t5", "wav2vec2"])
+def test_macs_are_those_of_the_tokens_that_are_seen(tiny, inputs_for, name):
+    """Patches and frames of sound are as many as they are, whatever the length of a text."""
+    model, batches = tiny(name), [inputs_for(name, s) for s in range(3)]
+    told = recipe({"macs": "0.8x"}, sequence_length=12 if name == "clip" else 16)
+    result = compress(model, told, batches)
+    (entry,) = result.report["pruning"]
+    stages = result.report["stages"]
+    assert stages["dense"]["macs"] - stages["pruned"]["macs"] == entry["removed"]
+    assert entry["met"]
+    assert stages["pruned"]["macs"] <= 0.8 * stages["dense"]["macs"]
+
+
 def test_absolute_counts_and_several_at_once(tiny, inputs_for):
     model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(3)]
     parameters, macs = count_parameters(model), count_macs(model, 16)

@@ -11,14 +11,35 @@ COSTS = ("parameters", "macs", "bytes")
 """What a budget can count without measuring."""
 
 
-def unit_cost(site: Site, cost: str, sequence_length: int) -> int:
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens a site sees when one example passes.
+
+    Attributes:
+        own: that run through it.
+        read: that its heads look at; `own`, but for cross-attention.
+        macs_on_read: of a unit's `macs_per_token`, what is spent on each token that is looked at
+            instead: keys and values of cross-attention, where `read` differs.
+    """
+
+    own: int
+    read: int
+    macs_on_read: int = 0
+
+
+Tokens = int | Mapping[str, Lengths]
+"""Tokens of one sequence that all sites see, or what each of them sees, by its name."""
+
+
+def unit_cost(site: Site, cost: str, tokens: Tokens) -> int:
     """What one unit of a site costs.
 
     Args:
         site: from `find_sites`.
         cost: `parameters`; or `macs`: multiply-accumulates of one sequence, the quadratic part of
             attention (scores and mixing, `2 * T^2 * width`) included.
-        sequence_length: tokens of that sequence.
+        tokens: of that sequence; or of each site (`hf_prune.measure.lengths.site_lengths`), where
+            images, sound or two sequences are read.
 
     Raises:
         ConfigError: for an unknown cost.
@@ -26,8 +47,10 @@ def unit_cost(site: Site, cost: str, sequence_length: int) -> int:
     if cost == "parameters":
         return site.parameters
     if cost == "macs":
-        quadratic = 2 * sequence_length**2 * site.attention_width
-        return sequence_length * site.macs_per_token + quadratic
+        seen = Lengths(tokens, tokens) if isinstance(tokens, int) else tokens[site.name]
+        linear = seen.own * (site.macs_per_token - seen.macs_on_read)
+        linear += seen.read * seen.macs_on_read
+        return linear + 2 * seen.own * seen.read * site.attention_width
     raise ConfigError(f"unknown cost {cost!r}{did_you_mean(cost, COSTS)}")
 
 
@@ -67,14 +90,12 @@ class Goal:
         return self.prunable - self.spent(counts)
 
 
-def cost_tables(
-    sites: Sequence[Site], cost: str, sequence_length: int
-) -> dict[str, tuple[int, ...]]:
+def cost_tables(sites: Sequence[Site], cost: str, tokens: Tokens) -> dict[str, tuple[int, ...]]:
     """By site, what it costs to keep each number of its units.
 
     It grows by the same amount with each unit, but for what belongs to pairs of them.
     """
-    per_unit = {site.name: unit_cost(site, cost, sequence_length) for site in sites}
+    per_unit = {site.name: unit_cost(site, cost, tokens) for site in sites}
     return {
         site.name: tuple(
             count * per_unit[site.name] + count**2 * site.square for count in range(site.units + 1)
@@ -88,7 +109,7 @@ def make_goal(
     cost: str,
     sparsity: float,
     *,
-    sequence_length: int = 1,
+    tokens: Tokens = 1,
     base: int | None = None,
 ) -> Goal:
     """The goal of removing a fraction.
@@ -97,9 +118,9 @@ def make_goal(
         sites: from `find_sites`.
         cost: a linear cost: `parameters` or `macs`.
         sparsity: fraction to remove, in [0, 1).
-        sequence_length: tokens of the sequence whose MACs are counted.
+        tokens: as in `unit_cost`, where MACs are counted.
         base: what the sparsity is a fraction of; the cost of all units, if not given.
     """
-    tables = cost_tables(sites, cost, sequence_length)
+    tables = cost_tables(sites, cost, tokens)
     total = sum(table[-1] for table in tables.values()) if base is None else base
     return Goal(cost, tables, total, count_to_remove(sparsity, total))

@@ -22,13 +22,18 @@ def _picture(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
     return torch.zeros(batch_size, config.num_channels, config.image_size, config.image_size)
 
 
-def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
-    """Refuse more tokens than a table of positions has; rotary and relative positions have none."""
+def tokens_up_to(model: PreTrainedModel, sequence_length: int) -> int:
+    """So many tokens, or as many as a table of positions has; rotary ones have no table."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is None or sequence_length <= most:
-        return
+        return sequence_length
     tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
-    if most in tables:
+    return most if most in tables else sequence_length
+
+
+def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
+    most = tokens_up_to(model, sequence_length)
+    if most < sequence_length:
         raise ConfigError(
             f"sequence_length={sequence_length} is more than the {most} positions of "
             f"{type(model).__name__}: set sequence_length to the number of tokens that it will see."

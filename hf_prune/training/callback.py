@@ -12,13 +12,16 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_prune.budget.costs import unit_cost
+from hf_prune.budget.costs import Lengths, unit_cost
 from hf_prune.budget.selection import Selection
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.measure.counts import count_parameters
+from hf_prune.measure.lengths import site_lengths
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, Schedule, load_recipe
+from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch
+from hf_prune.statistics.example import tokens_up_to
 from hf_prune.training.aim import selection_from_dict, selection_to_dict
 from hf_prune.training.interrupt import Interrupt
 from hf_prune.training.joint import JointPruning
@@ -156,6 +159,7 @@ class PruneCallback(TrainerCallback):
         self.stopped = False
         self.good: tuple[float, Selection | None] = (0.0, None)
         self.early: dict[str, Tensor] = {}
+        self.seen: dict[str, Lengths] = {}
 
     @property
     def part(self) -> str:
@@ -257,6 +261,10 @@ class PruneCallback(TrainerCallback):
 
     def _start(self, model: Any) -> None:
         self._reset()
+        if self._structure is not None:
+            sites = find_sites(model, self.stage.units, self.stage.ignore)
+            length = tokens_up_to(model, self.stage.sequence_length)
+            self.seen = site_lengths(model, sites, length)
         self.pruning.start(model)
         self.parameters = count_parameters(model)
 
@@ -328,7 +336,7 @@ class PruneCallback(TrainerCallback):
         for site in pruning.sites:
             removed = len(selection.plan.sites[site.name].removed) if selection else 0
             gone += removed * site.parameters
-            cost = unit_cost(site, "macs", self.stage.sequence_length)
+            cost = unit_cost(site, "macs", self.seen)
             macs += (site.units - removed) * cost
         left = self.parameters - gone, macs
         if isinstance(pruning, LearnedPruning) and pruning.left is not None:

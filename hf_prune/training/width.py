@@ -19,6 +19,7 @@ from hf_prune.budget.selection import Outcome, Selection
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.measure.latency_table import shaped_like
+from hf_prune.measure.lengths import site_lengths
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import Prune
 from hf_prune.sites import (
@@ -91,7 +92,8 @@ def counts_left(model: PreTrainedModel, stage: Prune, selection: Selection) -> t
     counts = {name: len(site.kept) for name, site in selection.plan.sites.items()}
     left = shaped_like(model, counts)
     sites = find_sites(left, stage.units, stage.ignore)
-    macs = sum(site.units * unit_cost(site, "macs", stage.sequence_length) for site in sites)
+    seen = site_lengths(left, sites, stage.sequence_length)
+    macs = sum(site.units * unit_cost(site, "macs", seen) for site in sites)
     return count_parameters(left), macs
 
 

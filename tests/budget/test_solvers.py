@@ -200,7 +200,7 @@ def test_decide_removes_what_was_asked(tiny, solver, cost, sparsity):
         for s in sites
     }
     stage = prune(solver, sparsity=sparsity, cost=cost, sequence_length=10)
-    goal = make_goal(sites, cost, sparsity, sequence_length=10)
+    goal = make_goal(sites, cost, sparsity, tokens=10)
     selection = decide(sites, rankings, stage, [goal], model_type="bert")
     (result,) = selection.outcomes
     assert result.met
@@ -270,7 +270,7 @@ def test_two_goals_are_reported(tiny):
     sites = find_sites(tiny("bert"))
     goals = [
         make_goal(sites, "parameters", 0.3),
-        make_goal(sites, "macs", 0.5, sequence_length=10),
+        make_goal(sites, "macs", 0.5, tokens=10),
     ]
     stage = Prune(sparsity=0.3, solver="knapsack")
     result = decide(sites, flat(sites), stage, goals, model_type="bert")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tinies import CORE, DECODERS, EAGER_ONLY, EXPERTS, PATCHES, SEQ2SEQ, without_labels
+from tinies import CORE, DECODERS, EAGER_ONLY, EXPERTS, SEQ2SEQ, without_labels
 from tinies import auto_class as auto
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -17,6 +17,7 @@ from hf_prune.errors import PlanError
 from hf_prune.families import FAMILIES
 from hf_prune.gates.plans import close_gates, masked
 from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
+from hf_prune.measure.lengths import site_lengths
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import ALL_KINDS, base_model, find_sites
 from hf_prune.surgery.remove import remove_units
@@ -306,14 +307,11 @@ def test_ties_survive(pruned, tmp_path):
     assert count_parameters(loaded) == count_parameters(model)
 
 
-TOKENS = {"clip": PATCHES, "clip_vision_model": PATCHES, "vit": PATCHES}
-"""Tokens that the model makes of its input; in all other families as many as are asked for."""
-
-
 @families
 def test_costs_are_exact(name, tiny, uneven_plan):
-    model, tokens = tiny(name), TOKENS.get(name, 12)
+    model, tokens = tiny(name), 9  # other than patches and frames
     sites, plan = all_sites(model), uneven_plan(model)
+    seen = site_lengths(model, sites, tokens)
     dense = count_parameters(model), count_encoder_parameters(model), count_macs(model, tokens)
     remove_units(model, plan)
     gone = {site.name: len(plan.sites[site.name].removed) for site in sites}
@@ -322,8 +320,8 @@ def test_costs_are_exact(name, tiny, uneven_plan):
             if site.kind == "expert_neurons":
                 both = gone[site.name] * gone[site.name.replace(".ffn", ".experts")] * 3 * 32
                 dense = (dense[0] + both, dense[1] + both, dense[2])
-    parameters = sum(gone[site.name] * unit_cost(site, "parameters", tokens) for site in sites)
-    macs = sum(gone[site.name] * unit_cost(site, "macs", tokens) for site in sites)
+    parameters = sum(gone[site.name] * unit_cost(site, "parameters", seen) for site in sites)
+    macs = sum(gone[site.name] * unit_cost(site, "macs", seen) for site in sites)
     assert dense[0] - count_parameters(model) == parameters > 0
     assert dense[1] - count_encoder_parameters(model) == parameters
     if name != "deberta-v2":  # its positions cost more than the tokens do

@@ -37,7 +37,7 @@ def search(tiny, inputs_for):
         rankings = score(model, sites, "magnitude")
         goals = [
             make_goal(sites, "parameters", stage.fraction),
-            make_goal(sites, "macs", 0.55, sequence_length=16),
+            make_goal(sites, "macs", 0.55, tokens=16),
         ]
         counts = allocate(
             sites,
