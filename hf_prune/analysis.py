@@ -4,7 +4,7 @@ Each site is masked alone, in the order of a criterion, with everything else as 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.gates.attach import attach_gates
 from hf_prune.sites import Site, find_sites
 from hf_prune.statistics.batches import (
     Batch,
+    check_batch,
     counted_positions,
     forward_kwargs,
     to_device,
@@ -43,8 +44,9 @@ class Sensitivity:
 
     Attributes:
         criterion: in whose order units were masked.
-        fractions: shares of the units of one site that were masked.
-        curves: by site, at each fraction: `kl` (mean KL divergence from the dense model, in nats
+        fractions: shares of the units of one site that were asked for.
+        curves: by site, at each fraction: `masked` (the units that were masked, the nearest whole
+            number of them), `kl` (mean KL divergence from the dense model, in nats
             per example or token), `logit_error` (mean squared change of the logits, their mean over
             classes taken off) and, where batches have labels, `loss`, the mean over all labels
             that count: examples, or tokens. All are over the batches of all processes.
@@ -176,14 +178,16 @@ def _curves(
     curves = {}
     for site, total in zip(sites, every[:-4].view(shape), strict=True):
         kl, logit_error = ((total[:, at] / total[:, 2]).tolist() for at in (0, 1))
-        curves[site.name] = {"kl": kl, "logit_error": logit_error, **_means(total[:, 3:])}
+        units = [float(round(fraction * site.units)) for fraction in fractions]
+        curve = {"masked": units, "kl": kl, "logit_error": logit_error}
+        curves[site.name] = {**curve, **_means(total[:, 3:])}
     told = _means(every[-4:].view(1, 4))
     return curves, {name: values[0] for name, values in told.items()}
 
 
 def analyse_sensitivity(
     model: PreTrainedModel,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     criteria: Sequence[str] = ("kfac_obs", "fisher", "magnitude"),
     *,
     fractions: Sequence[float] = FRACTIONS,
@@ -203,10 +207,15 @@ def analyse_sensitivity(
 
     Raises:
         ConfigError: when no criterion is given, or an unknown one.
-        DataError: when batches are missing, or labels that a criterion needs.
+        DataError: when batches are missing or out of range, or labels that a criterion needs.
     """
     if not criteria:
         raise ConfigError("name at least one criterion.")
+    batches = list(batches)  # they pass once for statistics, and once for the curves
+    if not batches:
+        raise DataError("the calibration set is empty. Pass batches (dicts of tensors).")
+    for index, batch in enumerate(batches):
+        check_batch(model, batch, index)
     wanted = {name for criterion in criteria for name in needs(get_criterion(criterion))}
     sites = find_sites(model, kinds)
     statistics = collect(model, sites, batches, wanted, seed)

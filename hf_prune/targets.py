@@ -20,7 +20,12 @@ from hf_prune.budget.levels import Levels, stage_levels
 from hf_prune.budget.prepare import prepare
 from hf_prune.budget.selection import Outcome, Selection, decide, selection_of
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.measure.counts import count_encoder_parameters, count_macs, count_parameters
+from hf_prune.measure.counts import (
+    count_encoder_parameters,
+    count_macs,
+    count_memory,
+    count_parameters,
+)
 from hf_prune.measure.latency import compare_latency
 from hf_prune.measure.latency_table import (
     NS_PER_MS,
@@ -32,7 +37,7 @@ from hf_prune.measure.latency_table import (
 from hf_prune.measure.lengths import site_lengths
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Target, share_of
-from hf_prune.sites import Site
+from hf_prune.sites import Site, base_model, get_parameter, logical_weight, projection
 from hf_prune.statistics.processes import of_the_main_process
 
 logger = logging.getLogger(__name__)
@@ -101,6 +106,25 @@ def _allowed(value: "str | int", total: int) -> int:
     return math.floor(Fraction(value.removesuffix("x")) * total)
 
 
+def _table_of_bytes(model: PreTrainedModel, site: Site) -> tuple[int, ...]:
+    """What each number of kept units takes in memory, each matrix in its own dtype."""
+    base = base_model(model)
+    if site.gate.parameter:
+        size = get_parameter(base, site.gate).element_size()
+        unit = size * site.parameters
+    else:
+        size = projection(base, site.gate.module).weight.element_size()
+        unit = 0
+        for item in site.slices:
+            module = projection(base, item.module)
+            weight = logical_weight(module)
+            unit += weight.element_size() * item.width * int(weight.shape[1 - item.axis])
+            if item.axis == 0 and module.bias is not None:
+                unit += module.bias.element_size() * item.width
+    pairs = size * site.square
+    return tuple(count * unit + count**2 * pairs for count in range(site.units + 1))
+
+
 def _counted(
     model: PreTrainedModel, sites: Sequence[Site], stage: Prune, target: Target
 ) -> list[Goal]:
@@ -115,12 +139,8 @@ def _counted(
         tables = cost_tables(sites, "macs", site_lengths(model, sites, length))
         goals.append(Goal("macs", tables, total, total - _allowed(target.macs, total)))
     if target.bytes is not None:
-        size = model.dtype.itemsize
-        total = size * count_parameters(model)
-        tables = {
-            name: tuple(size * count for count in table)
-            for name, table in cost_tables(sites, "parameters", length).items()
-        }
+        total = count_memory(model)
+        tables = {site.name: _table_of_bytes(model, site) for site in sites}
         goals.append(Goal("bytes", tables, total, total - _allowed(target.bytes, total)))
     return goals
 

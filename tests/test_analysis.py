@@ -12,7 +12,7 @@ from words import word_tokenizer
 import hf_prune_cli
 from hf_prune.analysis import analyse_sensitivity, rank_correlation
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.gates.plans import close_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
@@ -40,6 +40,7 @@ def test_curves_are_those_of_masking_each_site(tiny, inputs_for, logits, name):
         change = masked - dense
         error = (change - change.mean(-1, keepdim=True)).square().mean()
         curve = found.curves[site.name]
+        assert curve["masked"] == [0, round(0.5 * site.units)]
         assert curve["kl"] == pytest.approx([0, float(kl)], rel=1e-3, abs=1e-6)
         assert curve["logit_error"] == pytest.approx([0, float(error)], rel=1e-3, abs=1e-7)
         assert curve["loss"][1] == pytest.approx(loss, rel=1e-5)
@@ -53,6 +54,18 @@ def test_curves_are_those_of_masking_each_site(tiny, inputs_for, logits, name):
     with torch.no_grad():
         assert found.dense["loss"] == pytest.approx(float(model(**batch).loss), rel=1e-5)
     assert torch.equal(logits(model, batch), dense)
+
+
+def test_batches_may_come_once_and_must_come(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    listed = analyse_sensitivity(model, [batch], ["magnitude"], fractions=(0.5,))
+    once = analyse_sensitivity(model, iter([batch]), ["magnitude"], fractions=(0.5,))
+    assert once.curves == listed.curves
+    with pytest.raises(DataError, match="the calibration set is empty"):
+        analyse_sensitivity(model, iter([]), ["magnitude"])
+    wrong = {**batch, "input_ids": batch["input_ids"] + 10**6}
+    with pytest.raises(DataError):
+        analyse_sensitivity(model, [wrong], ["magnitude"])
 
 
 def halves(batch):
@@ -123,7 +136,7 @@ def test_no_labels_no_loss(tiny, inputs_for):
     labels = batch.pop("labels")
     found = analyse_sensitivity(tiny("bert"), [batch], ["magnitude"])
     assert found.dense == {}
-    assert all(set(curve) == {"kl", "logit_error"} for curve in found.curves.values())
+    assert all(set(curve) == {"masked", "kl", "logit_error"} for curve in found.curves.values())
     batch["labels"] = torch.full_like(labels, -100)
     found = analyse_sensitivity(tiny("bert"), [batch], ["magnitude"])
     assert found.dense == {}, "nothing is counted"

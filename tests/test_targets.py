@@ -6,7 +6,7 @@ import pytest
 
 from hf_prune import compress, targets
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.measure.counts import count_macs, count_parameters
+from hf_prune.measure.counts import count_macs, count_memory, count_parameters
 from hf_prune.measure.latency import Latency
 from hf_prune.measure.latency_table import LatencyTable, _group
 from hf_prune.recipe import Prune, Target, load_recipe
@@ -36,6 +36,20 @@ def test_counted_targets_hold_for_the_whole_model(tiny, inputs_for, name, share)
         assert left <= share * dense
         assert left > (share - 0.15) * dense, "not much more than asked"
         assert dense - left == entry["removed"]
+
+
+def test_bytes_of_a_model_of_two_dtypes(tiny, inputs_for):
+    """T5 keeps some matrices in float32 where the rest is in half precision."""
+    model, batches = tiny("t5").bfloat16(), [inputs_for("t5", s) for s in range(3)]
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    dense = count_memory(model)
+    result = compress(model, recipe({"bytes": "0.7x"}, reconstruct=False), batches)
+    (entry,) = result.report["pruning"]
+    assert entry["met"]
+    assert dense - count_memory(result.model) == entry["removed"]
+    assert 0.55 * dense < count_memory(result.model) <= 0.7 * dense
 
 
 @pytest.mark.parametrize("name", ["vit", "clip_vision_model", "whisper", "clip", "t5", "wav2vec2"])
@@ -201,6 +215,12 @@ def test_a_real_clock(tiny, inputs_for, tmp_path, monkeypatch):
     ("stage", "message"),
     [
         ({}, "give either sparsity or target"),
+        ({"target": {"parameters": "0.5x"}, "of": "layers"}, "a target is one of the whole model"),
+        ({"target": {"parameters": "0.5x"}, "cost": "macs"}, "name parameters or macs in the"),
+        (
+            {"sparsity": 0.5, "reconstruct": False, "reconstruction_samples": 9},
+            "reconstruction_samples are of a re-fit",
+        ),
         ({"sparsity": 0.5, "target": {"macs": "0.5x"}}, "give either sparsity or target"),
         ({"target": {}}, "name at least one of parameters"),
         ({"target": {"parameters": "half"}}, "'half' is not a share: write 0.5x"),

@@ -19,7 +19,10 @@ from hf_prune.recipe import (
     UniformWidth,
     did_you_mean,
 )
-from hf_prune.sites import Site
+from hf_prune.sites import QUERY_HEADS, Site
+
+HEADS = ("heads", QUERY_HEADS)
+"""Kinds of units that are heads."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def _saying(template: Template, site: Site, levels: Sequence[int]) -> _Saying | 
             return _layer(site, levels, stays)
         case EveryHead():
             heads = range(0, site.units, template.every)
-            return _exactly(site, levels, heads) if site.kind == "heads" else None
+            return _exactly(site, levels, heads) if site.kind in HEADS else None
         case UniformWidth():
             return _rounded(template, site, levels)
         case Rules():
@@ -124,6 +127,8 @@ def _kept_last(ranking: Ranking, units: Sequence[int]) -> Ranking:
 
 
 def _check_rules(template: Template, sites: Sequence[Site]) -> None:
+    if isinstance(template, EveryHead) and not any(site.kind in HEADS for site in sites):
+        raise ConfigError("template: every_head is about heads, and the stage has no units of them")
     for rule in template.rules if isinstance(template, Rules) and sites else ():
         names = [site.name for site in sites]
         if not fnmatch.filter(names, rule.sites):

@@ -1,4 +1,8 @@
-"""Criteria that judge each unit by itself."""
+"""Criteria that judge each unit by itself.
+
+Scores of units are added up by solvers, and set against what units cost, so that each is a sum over
+all that a unit consists of: a head counts as many neurons as it is large.
+"""
 
 import torch
 from torch import Tensor
@@ -11,13 +15,14 @@ def random(weight: Tensor, *, generator: torch.Generator) -> Tensor:
     """A uniform random number per unit: the baseline that every criterion must beat.
 
     Args:
-        weight: `[U, N]`, of which only `U` is used.
+        weight: `[U, N]`, of which only the shape is used.
         generator: makes the result repeatable.
 
     Returns:
-        `[U]`, in [0, 1).
+        `[U]`, in [0, N): as much for each weight of a large unit as of a small one.
     """
-    return torch.rand(weight.shape[0], generator=generator, dtype=torch.float64)
+    units, entries = weight.shape
+    return entries * torch.rand(units, generator=generator, dtype=torch.float64)
 
 
 @criterion
@@ -43,44 +48,44 @@ def random_by_weight(weight: Tensor, *, generator: torch.Generator) -> Tensor:
 
 @criterion
 def magnitude(weight: Tensor) -> Tensor:
-    """Importance `|W|`: the mean absolute weight of a unit.
+    """Importance `|W|`: the L1 norm of a unit.
 
     Args:
         weight: `[U, N]`.
 
     Returns:
-        `[U]`, in units of the weights. The mean, so that heads and neurons compare.
+        `[U]`, in units of the weights.
 
-    Source: the L1 norm of Li et al. 2017, arXiv:1608.08710, divided by the number of weights.
+    Source: Li et al. 2017, arXiv:1608.08710.
     """
-    return weight.float().abs().mean(dim=1)
+    return weight.float().abs().sum(dim=1)
 
 
 @criterion
 def magnitude_l2(weight: Tensor) -> Tensor:
-    """Root mean square weight of a unit.
+    """The square of the L2 norm of a unit.
 
     Args:
         weight: `[U, N]`.
 
     Returns:
-        `[U]`, in units of the weights. The L2 norm divided by `sqrt(N)`.
+        `[U]`, in squared units of the weights: squares add up over units, norms do not.
     """
-    return weight.float().square().mean(dim=1).sqrt()
+    return weight.float().square().sum(dim=1)
 
 
 @criterion
 def magnitude_normalized(weight: Tensor) -> Tensor:
-    """Importance `|W| / max |W|`: the mean absolute weight relative to the site's largest unit.
+    """Importance `|W| / max |W|`: the L1 norm of a unit relative to the site's largest weight.
 
     Args:
         weight: `[U, N]`.
 
     Returns:
-        `[U]`, in [0, 1]: layers with large weights are not spared for that alone.
+        `[U]`, in [0, N]: layers with large weights are not spared for that alone.
     """
-    mean = weight.float().abs().mean(dim=1)
-    return mean / mean.max().clamp(min=torch.finfo(torch.float32).tiny)
+    entries = weight.float().abs()
+    return entries.sum(dim=1) / entries.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @criterion
@@ -106,7 +111,7 @@ def lamp(weight: Tensor) -> Tensor:
 
 @criterion
 def activation_norm(weight: Tensor, *, input_norm: Tensor) -> Tensor:
-    """Mean of `|W| * ||x||` over the weights of a unit: small where nothing flows.
+    """Sum of `|W| * ||x||` over the weights of a unit: small where nothing flows.
 
     Args:
         weight: `[U, N]` with `N = E * D`.
@@ -115,11 +120,11 @@ def activation_norm(weight: Tensor, *, input_norm: Tensor) -> Tensor:
     Returns:
         `[U]`, in units of the output of the projection.
 
-    Source: the score of Wanda, Sun et al. 2023, arXiv:2306.11695, averaged over a unit.
+    Source: the score of Wanda, Sun et al. 2023, arXiv:2306.11695, summed over a unit.
     """
     units, width = input_norm.shape
     entries = weight.float().abs().view(units, -1, width)  # [U, E, D]
-    return (entries * input_norm.float().unsqueeze(1)).mean(dim=(1, 2))
+    return (entries * input_norm.float().unsqueeze(1)).sum(dim=(1, 2))
 
 
 @criterion
@@ -174,16 +179,16 @@ def structural_sensitivity(weight: Tensor, *, gate_grad: Tensor) -> Tensor:
 
 @criterion
 def gradient_norm(weight: Tensor, *, weight_grad_square: Tensor) -> Tensor:
-    """Norm of the loss's gradient with respect to a unit's weights, in root mean square.
+    """Squared norm of the loss's gradient with respect to a unit's weights, its mean over examples.
 
     Args:
         weight: `[U, N]`, not used.
         weight_grad_square: `[U, N]`.
 
     Returns:
-        `[U]`, in units of the loss over those of the weights.
+        `[U]`, in squared units of the loss over those of the weights: squares add up over units.
     """
-    return weight_grad_square.sum(dim=1).sqrt()
+    return weight_grad_square.sum(dim=1)
 
 
 @criterion

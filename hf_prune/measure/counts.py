@@ -30,6 +30,14 @@ def count_parameters(model: nn.Module) -> int:
     return _distinct(model.parameters())
 
 
+def count_memory(model: nn.Module) -> int:
+    """Bytes of all parameters in memory, tied ones once, each in its own dtype."""
+    by_size: dict[int, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        by_size.setdefault(parameter.element_size(), []).append(parameter)
+    return sum(size * _distinct(parameters) for size, parameters in by_size.items())
+
+
 def count_encoder_parameters(model: PreTrainedModel) -> int:
     """Parameters of the transformer layers: no embeddings, no head. Decoders have them too."""
     return _distinct(p for layer in layer_modules(model) for p in layer.parameters())

@@ -268,6 +268,15 @@ class Prune(Model):
             "schedule moves norms and biases too": gradual and self.single.polish_steps > 0,
             "weights: {rank: row} is for one shot: with a schedule matrices are ranked": gradual
             and rank == "row",
+            "of: layers is for a sparsity: a target is one of the whole model": self.of == "layers"
+            and self.target is not None,
+            "cost is what a sparsity counts: name parameters or macs in the target": self.cost
+            == "macs"
+            and self.target is not None,
+            "reconstruction_samples are of a re-fit: leave them out, or reconstruct: false": not (
+                self.reconstruct or self.rescale
+            )
+            and self.reconstruction_samples is not None,
             "regrow is for masks: scored; learned masks open again by themselves": regrow
             and self.masks != "scored",
         }

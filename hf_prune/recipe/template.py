@@ -52,7 +52,7 @@ class Rule(Model):
 
     sites: str = "*"
     """A shell pattern of site names: `encoder.layer.0.*`."""
-    kind: Literal["heads", "neurons", "experts", "expert_neurons"] | None = None
+    kind: Literal["heads", "query_heads", "neurons", "experts", "expert_neurons"] | None = None
     """Units that it is about; of every kind, if not given."""
     layers: tuple[int, ...] | None = None
     """Numbers of layers within their stack, from the end where negative; all, if not given."""

@@ -21,10 +21,12 @@ def sensitivity_tables(found: Sensitivity) -> list[Table]:
 def _table(found: Sensitivity, name: str) -> Table:
     title, written = _TITLES[name]
     dense = f" (dense {written.format(found.dense[name])})" if name in found.dense else ""
-    table = Table(title=f"{title}{dense}, units masked in the order of {found.criterion}")
+    order = f"units masked in the order of {found.criterion} (their number)"
+    table = Table(title=f"{title}{dense}, {order}")
     table.add_column("site")
     for fraction in found.fractions:
         table.add_column(f"{fraction:.0%} masked", justify="right")
     for site, curves in found.curves.items():
-        table.add_row(site, *(written.format(value) for value in curves[name]))
+        cells = zip(curves[name], curves["masked"], strict=True)
+        table.add_row(site, *(f"{written.format(value)} ({masked:.0f})" for value, masked in cells))
     return table

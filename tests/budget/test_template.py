@@ -67,6 +67,18 @@ def test_every_head_names_units_and_leaves_neurons_alone(sites):
     assert [len(units) for name, units in found.items() if "ffn" in name] == [48] * 3
 
 
+def test_every_head_is_about_heads(tiny):
+    neurons = find_sites(tiny("gpt2"), ("neurons",))
+    with pytest.raises(ConfigError, match="every_head is about heads"):
+        kept(neurons, {"pattern": "every_head"})
+    single = find_sites(tiny("llama"), ("query_heads",))
+    found = kept(single, {"pattern": "every_head", "every": 2})
+    assert all(
+        units == tuple(range(0, s.units, 2))
+        for s, units in zip(single, found.values(), strict=True)
+    )
+
+
 @pytest.mark.parametrize(("multiple", "width"), [(8, 32), (16, 32), (64, 48), (1, 33)])
 def test_uniform_width_keeps_the_best_units(sites, multiple, width):
     rankings = ranked(sites)

@@ -34,7 +34,7 @@ def arguments(name, seed=0):
 def by_norm(entries, unit, statistics):
     norms = statistics["input_norm"][unit].tolist()
     total = sum(abs(entries[e * D + d]) * norms[d] for e in range(E) for d in range(D))
-    return total / (E * D)
+    return total
 
 
 def lamp(weight, unit):
@@ -48,10 +48,10 @@ def damage(entries, unit, statistics):
 
 
 LOOPS = {
-    "magnitude": lambda w, u, s: sum(map(abs, w[u].tolist())) / (E * D),
-    "magnitude_l2": lambda w, u, s: (sum(x * x for x in w[u].tolist()) / (E * D)) ** 0.5,
+    "magnitude": lambda w, u, s: sum(map(abs, w[u].tolist())),
+    "magnitude_l2": lambda w, u, s: sum(x * x for x in w[u].tolist()),
     "magnitude_normalized": lambda w, u, s: (
-        sum(map(abs, w[u].tolist())) / max(sum(map(abs, row)) for row in w.tolist())
+        sum(map(abs, w[u].tolist())) / max(max(map(abs, row)) for row in w.tolist())
     ),
     "lamp": lambda w, u, s: lamp(w, u),
     "activation_norm": lambda w, u, s: by_norm(w[u].tolist(), u, s),
@@ -60,7 +60,7 @@ LOOPS = {
     "structural_sensitivity": lambda w, u, s: (
         s["gate_grad"][u].item() / sum(g * g for g in s["gate_grad"].tolist()) ** 0.5
     ),
-    "gradient_norm": lambda w, u, s: sum(s["weight_grad_square"][u].tolist()) ** 0.5,
+    "gradient_norm": lambda w, u, s: sum(s["weight_grad_square"][u].tolist()),
     "obd": lambda w, u, s: damage(w[u].tolist(), u, s),
     "fisher": lambda w, u, s: s["projected_fisher"][u].item(),
     "fisher_label": lambda w, u, s: s["gate_fisher"][u, u].item(),
@@ -103,14 +103,14 @@ def test_half_precision_scores_in_float32(name):
 
 
 def test_random_repeats():
-    weight = torch.zeros(U, 1)
+    weight = torch.zeros(U, 7)
     one, two, other = (
         CRITERIA["random"](weight, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert len(set(one.tolist())) == U
-    assert ((one >= 0) & (one < 1)).all()
+    assert ((one >= 0) & (one < 7)).all()
 
 
 def test_larger_units_are_kept_more_often():
@@ -166,3 +166,21 @@ def test_the_default_needs_no_labels_and_no_draws():
     assert all("needs labels" in STATISTICS[name] for name in told)
     drawn = needs(CRITERIA["kfac_obs_sampled"])
     assert not any("needs labels" in STATISTICS[name] for name in drawn)
+
+
+SPLIT = ("magnitude", "magnitude_l2", "activation_norm", "gradient_norm", "obd")
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_unit_counts_as_what_it_consists_of(name):
+    """Two units seen as one have the sum of their scores: no head counts as a single neuron."""
+    weight, statistics = arguments(name)
+    narrow = CRITERIA[name](weight[:4], **{k: v[:4] for k, v in statistics.items()})
+    if name == "activation_norm":
+        norms = statistics["input_norm"][:4].view(2, 2 * D)
+        columns = weight[:4].view(2, 2, E, D).transpose(1, 2).reshape(2, -1)
+        wide = CRITERIA[name](columns, input_norm=norms)
+    else:
+        merged = {k: v[:4].reshape(2, -1) for k, v in statistics.items()}
+        wide = CRITERIA[name](weight[:4].reshape(2, -1), **merged)
+    torch.testing.assert_close(wide, narrow.view(2, 2).sum(dim=1))
