@@ -245,6 +245,8 @@ def compress_family(
     stages = recipe.prune_stages
     if len(stages) != 1 or "weights" in stages[0].units:
         raise ConfigError("a family of models needs a recipe with one prune stage, not of weights.")
+    if stages[0].floor is not None:
+        raise ConfigError("a family has the sizes that are asked for: a floor is for compress().")
     if recipe.vocabulary is not None:
         raise ConfigError(
             "a family shares one vocabulary: leave the stage out, prune it afterwards."

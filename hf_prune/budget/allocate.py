@@ -1,6 +1,7 @@
 """How many units of each site stay: one solver, within one goal or within several at once."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,6 +19,8 @@ SMALLEST_SHARE = 1e-3
 """Of a budget, as which less is taken when weights are adjusted."""
 SURROGATE_ROUNDS = 24
 """How often the weights of several goals are adjusted."""
+EXCHANGES = 20
+"""How often all pairs of sites are gone through, at most."""
 
 
 def _tables(goal: Goal) -> dict[str, Tensor]:
@@ -59,7 +62,59 @@ def _solve_several(problem: Problem, goals: Sequence[Goal], solver: Solver) -> C
         floored = [max(share, SMALLEST_SHARE) for share in shares]  # all units may be gone
         weights = [weight * share**2 for weight, share in zip(weights, floored, strict=True)]
         weights = [weight / sum(weights) for weight in weights]
-    return min(found, key=lambda counts: total_error(problem.sites, problem.rankings, counts))
+    best = min(found, key=lambda counts: total_error(problem.sites, problem.rankings, counts))
+    met = all(goal.spent(best) <= goal.budget for goal in goals)
+    return _exchanged(problem, goals, best) if met and solver is get_solver("knapsack") else best
+
+
+def _best_pair(
+    errors: tuple[Tensor, Tensor], costs: Sequence[tuple[Tensor, Tensor]], room: Sequence[int]
+) -> tuple[int, int, float]:
+    """The levels of two sites with the least error within what the other sites leave, and it."""
+    total = errors[0][:, None] + errors[1][None]  # [levels, levels]
+    for (one, two), left in zip(costs, room, strict=True):
+        total = total.masked_fill(one[:, None] + two[None] > left, torch.inf)
+    at = int(total.argmin())
+    return at // total.shape[1], at % total.shape[1], float(total.flatten()[at])
+
+
+def _exchanged(problem: Problem, goals: Sequence[Goal], counts: Counts) -> Counts:
+    """Better levels for two sites at a time, all others as they are, until no pair is left.
+
+    Args:
+        problem: sites, rankings and levels.
+        goals: met by `counts`, and by the result.
+        counts: where to start.
+    """
+    names = [site.name for site in problem.sites]
+    levels = {site.name: problem.levels(site).tolist() for site in problem.sites}
+    errors = {
+        name: torch.tensor(
+            [problem.rankings[name].error_of(level) for level in levels[name]], dtype=torch.float64
+        )
+        for name in names
+    }
+    costs = {
+        name: [torch.tensor([goal.tables[name][level] for level in levels[name]]) for goal in goals]
+        for name in names
+    }
+    found, pairs = dict(counts), list(itertools.combinations(names, 2))
+    for _ in range(EXCHANGES):
+        before = dict(found)
+        for one, two in pairs:
+            own = [goal.tables[one][found[one]] + goal.tables[two][found[two]] for goal in goals]
+            room = [
+                goal.budget - goal.spent(found) + cost
+                for goal, cost in zip(goals, own, strict=True)
+            ]
+            both = list(zip(costs[one], costs[two], strict=True))
+            first, second, error = _best_pair((errors[one], errors[two]), both, room)
+            now = [problem.rankings[name].error_of(found[name]) for name in (one, two)]
+            if error < sum(now):
+                found[one], found[two] = levels[one][first], levels[two][second]
+        if found == before:
+            break
+    return found
 
 
 def total_error(

@@ -86,6 +86,10 @@ class _Sums:
             sums[name] = value
 
 
+SPANS = {"start_positions", "end_positions"}
+"""Labels of models that answer questions."""
+
+
 @dataclass
 class _Pass:
     """One pass over calibration data: what is asked for, and what has been summed so far."""
@@ -159,8 +163,11 @@ class _Pass:
     def _targets(self, batch: Batch, output: Any) -> Iterator[tuple[str, Tensor]]:
         """What is differentiated: the loss, then random projections of the logits, then draws."""
         if self.loss:
-            counted = counted_positions(self.model, batch["labels"])
-            yield "loss", output.loss * counted.sum()  # the loss is a mean: undo it
+            if "labels" in batch:
+                counted = int(counted_positions(self.model, batch["labels"]).sum())
+            else:
+                counted = main_input(self.model, batch).shape[0]  # spans, one an example
+            yield "loss", output.loss * counted  # the loss is a mean: undo it
         for kind in self.drawn:
             for turn in range(self.projections):
                 seed, sampled = self.seed + turn * SEED_STEP, kind == "sample"
@@ -168,7 +175,7 @@ class _Pass:
                 yield kind, found.sum()
 
     def _add_gradients(self, batch: Batch, examples: int) -> None:
-        if self.loss and "labels" not in batch:
+        if self.loss and not ({"labels"} <= set(batch) or set(batch) >= SPANS):
             raise DataError(
                 "the criterion needs the gradient of the loss, and the calibration batches have no "
                 "'labels'. Add them, or use a criterion without labels such as 'fisher'."

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tinies import CORE
+from tinies import CORE, TINY
+from transformers import BertForQuestionAnswering
 
 from hf_prune.criteria import STATISTICS, needs
 from hf_prune.errors import ConfigError, DataError, NumericsError
@@ -526,3 +527,26 @@ def test_seeds_of_draws_and_of_labels(name, tiny, inputs_for):
         assert torch.equal(one[drawn], same[drawn])
         assert not all(torch.allclose(one[drawn], other[drawn]) for other in others)
         assert all(torch.equal(one[told], other[told]) for other in (same, *others))
+
+
+def test_spans_are_labels(inputs_for):
+    """Of models that answer questions: `gate_grad` is that of the mean loss of each example."""
+    torch.manual_seed(0)
+    config = TINY["bert"]()
+    model = BertForQuestionAnswering(config).eval()
+    batch = inputs_for("bert")
+    del batch["labels"]
+    batch |= {"start_positions": torch.tensor([1, 0, 2, 1]), "end_positions": torch.ones(4).long()}
+    sites = find_sites(model)
+    found = collect(model, sites, [batch], ["gate_grad"])
+    alone = [
+        collect(model, sites, [{k: v[i : i + 1] for k, v in batch.items()}], ["gate_grad"])
+        for i in range(4)
+    ]
+    for site in sites:
+        mean = torch.stack([each[site.name]["gate_grad"] for each in alone]).mean(dim=0)
+        assert mean.max() > 0
+        torch.testing.assert_close(found[site.name]["gate_grad"], mean, atol=1e-6, rtol=1e-4)
+    del batch["end_positions"]
+    with pytest.raises(DataError, match="have no 'labels'"):
+        collect(model, sites, [batch], ["gate_grad"])
