@@ -191,7 +191,7 @@ class _Pass:
         outputs = [t for site in self.sites for t in self.seen.outputs.get(site.name, ())]
         inner = [*leaves, *outputs, *self.fused.values()]
         per_example = torch.ones(examples, device=self.model.device)
-        if self.loss:  # each example has a mean of its own
+        if self.loss and "labels" in batch:  # each example has a mean of its own
             counted = counted_positions(self.model, batch["labels"]).view(examples, -1)
             per_example = counted.sum(dim=1).clamp(min=1)  # [B]
         last = self.loss + len(self.drawn) * self.projections - 1

@@ -533,6 +533,7 @@ def test_spans_are_labels(inputs_for):
     """Of models that answer questions: `gate_grad` is that of the mean loss of each example."""
     torch.manual_seed(0)
     config = TINY["bert"]()
+    config.num_labels = 2
     model = BertForQuestionAnswering(config).eval()
     batch = inputs_for("bert")
     del batch["labels"]
