@@ -19,6 +19,7 @@ from hf_prune.search.experience import Experience
 from hf_prune.sites import HIDDEN, find_sites
 from hf_prune.split import prune_jointly, prune_weights
 from hf_prune.statistics.batches import Batch, take
+from hf_prune.statistics.example import tokens_up_to
 from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
@@ -80,7 +81,18 @@ def _check(
     check_stages(loaded)
     find_sites(model)
     check_weights(model)
-    return loaded
+    return _fitting(model, loaded)
+
+
+def _fitting(model: PreTrainedModel, recipe: Recipe) -> Recipe:
+    """A length that no stage names is no more than the positions of the model."""
+    stages = list(recipe.stages)
+    for index, stage in enumerate(stages):
+        if isinstance(stage, Prune) and "sequence_length" not in stage.model_fields_set:
+            length = tokens_up_to(model, stage.sequence_length)
+            if length < stage.sequence_length:
+                stages[index] = stage.model_copy(update={"sequence_length": length})
+    return recipe.model_copy(update={"stages": tuple(stages)})
 
 
 def _left(stage: Stage) -> list[str]:
@@ -93,7 +105,8 @@ def _left(stage: Stage) -> list[str]:
 def _start_report(
     model: PreTrainedModel, recipe: Recipe, batches: Sequence[Batch]
 ) -> dict[str, Any]:
-    length = max((stage.sequence_length for stage in recipe.prune_stages), default=LENGTH)
+    lengths = [stage.sequence_length for stage in recipe.prune_stages]
+    length = max(lengths, default=tokens_up_to(model, LENGTH))
     report = new_report(recipe, model)
     report["sequence_length"] = length
     samples = sum(len(next(iter(batch.values()))) for batch in batches)

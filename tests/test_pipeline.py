@@ -330,3 +330,19 @@ def test_classifiers_with_encoder_and_decoder(kind, inputs_for):
     stages = result.report["stages"]
     assert stages["pruned"]["macs"] < stages["dense"]["macs"]
     assert result.model(**batches[0]).logits.shape == (4, model.config.num_labels)
+
+
+def test_a_length_that_is_not_named_fits_the_model(inputs_for):
+    """A text model of 77 positions is no mistake of who wrote a recipe without a length."""
+    config = transformers.BertConfig(
+        **{"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+        num_attention_heads=2,
+        max_position_embeddings=77,
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    batches = [{k: v for k, v in inputs_for("bert", s).items() if k != "labels"} for s in range(3)]
+    result = compress(model, {"stages": [{"stage": "prune", "sparsity": 0.5}]}, batches)
+    assert result.report["sequence_length"] == 77
+    told = {"stages": [{"stage": "prune", "sparsity": 0.5, "sequence_length": 128}]}
+    with pytest.raises(ConfigError, match="more than the 77 positions"):
+        compress(model, told, batches)

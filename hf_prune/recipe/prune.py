@@ -88,7 +88,8 @@ class Prune(Model):
     min_calibration_samples: int = Field(default=8, ge=1)
     """Fewer examples than this are refused: scores would be noise."""
     sequence_length: int = Field(default=128, ge=1)
-    """Tokens of the sequence whose MACs are counted."""
+    """Tokens of the sequence whose MACs are counted; no more than a model has positions, if not
+    given."""
     reconstruct: bool = True
     """Re-fit the output projections after removal: in one shot, or with a schedule where every
     decision is calibrated. Training does it otherwise."""
