@@ -111,12 +111,17 @@ def means(moments: Moments, *, centred: bool) -> tuple[Tensor, Tensor, Tensor, T
     return gram, cross, mean_x, mean_t
 
 
-def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
+def damped_cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
+    """A damped Gram matrix, its Cholesky factor, and the ridge: doubled until there is a factor.
+
+    Raises:
+        NumericsError: when there is none however large the ridge is.
+    """
     for _ in range(MAX_DOUBLINGS):
         damped = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
         factor, info = torch.linalg.cholesky_ex(damped)
         if not int(info):
-            return factor, ridge
+            return damped, factor, ridge
         ridge *= 2
     raise NumericsError(
         "a Gram matrix stayed singular however much it was damped: are inputs finite?"
@@ -147,7 +152,7 @@ def solve_towards(
     gram, cross, mean_x, mean_t = means(moments, centred=bias is not None)
     diagonal = gram.diagonal().mean()
     old = weight.double()
-    factor, damping = _cholesky(gram, ridge * max(float(diagonal), 1e-12))
+    _, factor, damping = damped_cholesky(gram, ridge * max(float(diagonal), 1e-12))
     new = torch.cholesky_solve((cross + damping * old).T, factor).T
     if not torch.isfinite(new).all():
         raise NumericsError("the targets of an output projection are not finite.")
@@ -187,7 +192,9 @@ def rescaled(
     products = (old.T @ old) * gram  # [U * D, U * D]
     matrix = products.view(units, width, units, width).sum(dim=(1, 3))  # [U, U]
     right = (old * cross).sum(dim=0).view(units, width).sum(dim=1)  # [U]
-    factor, damping = _cholesky(matrix, ridge * max(float(matrix.diagonal().mean()), 1e-12))
+    _, factor, damping = damped_cholesky(
+        matrix, ridge * max(float(matrix.diagonal().mean()), 1e-12)
+    )
     scales = torch.cholesky_solve((right + damping).unsqueeze(1), factor).squeeze(1)
     if not torch.isfinite(scales).all():
         raise NumericsError("the targets of an output projection are not finite.")

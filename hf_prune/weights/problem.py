@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.errors import NumericsError
-from hf_prune.statistics.moments import Moments, means
+from hf_prune.statistics.moments import Moments, damped_cholesky, means
 from hf_prune.weights.patterns import Pattern
 from hf_prune.weights.solvers import SOLVERS, Problem, admm, project
 
@@ -135,19 +135,18 @@ def make_problem(
     old = subject.weight.double()
     bias = torch.zeros_like(old[:, 0]) if subject.bias is None else subject.bias.double()
     damping = options.ridge * float(gram.diagonal().mean().clamp(min=1e-12))
-    gram = gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     if not options.dense_target:
-        problem = Problem(old.float(), gram.float(), options.pattern, removed)
+        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        damped = (gram + damping * identity).float()
+        problem = Problem(old.float(), damped, options.pattern, removed)
         return problem, mean_x, old @ mean_x + bias
     if not subject.on_sum:
         cross, mean_t = old @ cross, old @ mean_t + bias
-    factor, info = torch.linalg.cholesky_ex(gram.float())
-    if int(info):
-        raise NumericsError("moments of inputs are singular however they are damped: raise ridge.")
+    gram, factor, damping = damped_cholesky(gram.float(), damping)
     target = torch.cholesky_solve((cross + damping * old).float().T, factor).T
     if not torch.isfinite(target).all():
         raise NumericsError("what the dense network computed is not finite on calibration data.")
-    problem = Problem(target.contiguous(), gram.float(), options.pattern, removed)
+    problem = Problem(target.contiguous(), gram, options.pattern, removed)
     return problem, mean_x, mean_t
 
 

@@ -163,6 +163,18 @@ def test_only_the_dense_target_costs_a_dense_network(tiny, inputs_for, monkeypat
     assert len(result.errors) == len(matrices)
 
 
+def test_inputs_far_from_zero():
+    """Products in float32 lose what varies: more damping, and no error."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8)
+    inputs = [1000 + 0.1 * torch.randn(64, 16) for _ in range(4)]
+    before = layer(inputs[0]).detach()
+    result = sparsify_(layer, inputs, sparsity=0.5)
+    assert int(result.masks["weight"].sum()) == 64
+    assert float((layer(inputs[0]).detach() - before).square().mean()) < 0.01
+    assert torch.isfinite(layer.weight).all()
+
+
 class Again(nn.Module):
     """Calls one layer as often as a batch has rows."""
 
