@@ -6,7 +6,7 @@ and embeddings where they are asked for. A matrix that several modules share is 
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Matrix:
     """One prunable parameter.
 
     `groups` is how many independent matrices it holds: experts, or the groups of a convolution.
+    `others` are further modules that have the same parameter.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Matrix:
     parameter: Tensor
     groups: int = 1
     transposed: bool = False
+    others: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -151,7 +153,7 @@ def find_matrices(
     if ignore:
         _all_names(model, prunable).check_ignored(ignore)
     return [
-        found[0][0]
+        replace(found[0][0], others=tuple(matrix.module for matrix, _ in found[1:]))
         for found in prunable.values()
         if (not targets or _matches(found, targets)) and not _matches(found, ignore)
     ]

@@ -81,6 +81,12 @@ class Block:
         """A module's name within the block."""
         return module.removeprefix(self.prefix).removeprefix(".")
 
+    def holders(self, matrix: Matrix) -> list[str]:
+        """Names within the block of all modules in it that have a matrix."""
+        start = f"{self.prefix}." if self.prefix else ""
+        others = [name for name in matrix.others if name.startswith(start)]
+        return [self.local(name) for name in (matrix.module, *others)]
+
 
 def call_model(model: nn.Module, batch: Inputs) -> Any:
     """Run any module on one batch, without labels."""
@@ -147,7 +153,7 @@ def _groups(block: Block, matrices: Sequence[Matrix]) -> tuple[list[list[Matrix]
 
     Also how often each module is called in one run, by its name in the block.
     """
-    names = list(dict.fromkeys(block.local(matrix.module) for matrix in matrices))
+    names = list(dict.fromkeys(name for matrix in matrices for name in block.holders(matrix)))
     with traced(block.pruned, names) as trace:
         block.run_pruned(0)
     order = list(dict.fromkeys(trace.order))
@@ -158,7 +164,8 @@ def _groups(block: Block, matrices: Sequence[Matrix]) -> tuple[list[list[Matrix]
     for name in order:
         shared = id(main_tensor(block.pruned.get_submodule(name), trace.calls[name][0]))
         for matrix in (m for m in matrices if block.local(m.module) == name):
-            alone = "" if matrix.kind == "linear" and name not in block.sums else matrix.name
+            plain = matrix.kind == "linear" and name not in block.sums and not matrix.others
+            alone = "" if plain else matrix.name
             groups.setdefault((shared, matrix.kind, alone), []).append(matrix)
     return list(groups.values()), {name: len(calls) for name, calls in trace.calls.items()}
 
@@ -218,12 +225,31 @@ def _moments(
     Without dense traces they hold no targets.
     """
     matrix = group[0]
-    names = list(dict.fromkeys(block.local(item.module) for item in group))
-    name = names[0]
     view, device = matrix.view(matrix.parameter), matrix.parameter.device
-    outputs = view.shape[1] if name in block.sums else view.shape[2]
+    outputs = view.shape[1] if _on_sum(block, matrix) else view.shape[2]
     outputs = outputs if traces is not None else 0
     result = [Moments.zeros(view.shape[2], outputs, device) for _ in range(view.shape[0])]
+    for name in block.holders(matrix):
+        names = list(dict.fromkeys([name, *(block.local(item.module) for item in group[1:])]))
+        _add_moments(block, matrix, names, calls, traces, result)
+    return [item.over_processes() for item in result]
+
+
+def _on_sum(block: Block, matrix: Matrix) -> bool:
+    """Whether the target of a matrix is the sum of residual and output."""
+    return block.local(matrix.module) in block.sums and not matrix.others
+
+
+def _add_moments(
+    block: Block,
+    matrix: Matrix,
+    names: Sequence[str],
+    calls: Mapping[str, int],
+    traces: _Traces | None,
+    result: Sequence[Moments],
+) -> None:
+    """Add what one module that has a matrix sees, the first of `names`, on all batches."""
+    name, device = names[0], matrix.parameter.device
     module = block.pruned.get_submodule(name)
     for index, real in enumerate(block.real):
         mask = real.of(name)
@@ -242,16 +268,20 @@ def _moments(
             at = traces.dense.get_submodule(name), theirs
             pairs = paired_rows(matrix, at, (module, ours), mask)
             for moments, (x, inputs) in zip(result, pairs, strict=True):
-                if name in block.sums:
+                if _on_sum(block, matrix):
                     assert mask is not None  # noqa: S101  # sums are those of layers
                     _add_sum(moments, dense, pruned, name, inputs, mask)
                 else:
                     moments.add(inputs, x.to(device))
-    return [item.over_processes() for item in result]
 
 
 def _bias(block: Block, matrix: Matrix, group: int) -> Tensor | None:
-    """The bias of the outputs of one group, as a view into the parameter."""
+    """The bias of the outputs of one group, as a view into the parameter.
+
+    None, too, of a matrix that several modules have: each has a bias of its own.
+    """
+    if matrix.others:
+        return None
     module = block.pruned.get_submodule(block.local(matrix.module))
     key = matrix.name.rpartition(".")[2].replace("weight", "bias")
     key = f"{key}_bias" if matrix.kind == "experts" else key
@@ -281,11 +311,11 @@ def prune_block(
         Each matrix, its mask in the shape of the parameter, and what each of its groups lost.
     """
     groups, calls = _groups(block, matrices)
-    names = list(dict.fromkeys(block.local(m.module) for group in groups for m in group))
+    names = list(dict.fromkeys(n for group in groups for m in group for n in block.holders(m)))
     traces = None if block.dense is None else _Traces(block, block.dense, names)
     for group in groups:
         moments = _moments(block, group, calls, traces)
-        on_sum = block.local(group[0].module) in block.sums
+        on_sum = _on_sum(block, group[0])
         for matrix in group:
             mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
             fits = []
@@ -303,5 +333,5 @@ def prune_block(
             yield matrix, mask, fits
         if block.keep_traces:
             # what is one multiplication by a matrix, once in each run, will give the same again
-            local = [block.local(m.module) for m in group if m.kind == "linear"]
+            local = [block.local(m.module) for m in group if m.kind == "linear" and not m.others]
             block.done += [name for name in local if calls[name] == 1]

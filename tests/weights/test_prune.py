@@ -175,6 +175,40 @@ def test_inputs_far_from_zero():
     assert torch.isfinite(layer.weight).all()
 
 
+class Twins(nn.Module):
+    """Two modules of one matrix, with biases of their own and inputs of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        left, right = self.one(x[:, :12]), self.two(x[:, 12:])
+        return torch.cat([left, right], dim=1)
+
+
+@pytest.mark.parametrize("dense_target", [True, False])
+def test_a_matrix_of_two_modules_is_fitted_to_both(dense_target):
+    """The error that is reported is that of both, and near the best for both."""
+    torch.manual_seed(0)
+    mixes = [
+        torch.randn(12, 12) * torch.logspace(-1, 1, 12)[order]
+        for order in (range(12), range(11, -1, -1))
+    ]
+    inputs = torch.cat([torch.randn(400, 12) @ mix for mix in mixes], dim=1)
+    model = Twins().eval()
+    with torch.no_grad():
+        dense, biases = model(inputs), torch.cat([model.one.bias, model.two.bias])
+    weights = {"dense_target": dense_target}
+    result = sparsify_(model, [inputs[:200], inputs[200:]], sparsity=0.4, weights=weights)
+    with torch.no_grad():
+        lost = (model(inputs) - dense).square().mean() / (dense - biases).square().mean()
+        assert torch.equal(torch.cat([model.one.bias, model.two.bias]), biases)
+    assert list(result.masks) == ["one.weight"]
+    assert float(lost) == pytest.approx(result.errors["one.weight"], rel=0.3)
+
+
 class Again(nn.Module):
     """Calls one layer as often as a batch has rows."""
 
