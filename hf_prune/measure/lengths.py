@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import Lengths
 from hf_prune.sites import HIDDEN, Site, base_model, get_module, logical_weight
-from hf_prune.statistics.example import example_batch
+from hf_prune.statistics.example import example_batch, tokens_up_to
 
 
 def _keep_rows(found: dict[str, int], name: str) -> Any:
@@ -42,9 +42,11 @@ def site_lengths(
     Args:
         model: not changed.
         sites: from `find_sites`.
-        sequence_length: tokens of a text; images and sound have the size that the model takes.
+        sequence_length: tokens of a text, no more than the model has positions; images and sound
+            have the size that the model takes.
     """
     base, rows = base_model(model), dict[str, int]()
+    sequence_length = tokens_up_to(model, sequence_length)
     units = [site for site in sites if site.kind != HIDDEN]
     names = {item.module for site in units for item in site.slices}
     handles = [

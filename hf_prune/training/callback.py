@@ -21,7 +21,6 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, Schedule, load_recipe
 from hf_prune.sites import find_sites
 from hf_prune.statistics.batches import Batch
-from hf_prune.statistics.example import tokens_up_to
 from hf_prune.training.aim import selection_from_dict, selection_to_dict
 from hf_prune.training.interrupt import Interrupt
 from hf_prune.training.joint import JointPruning
@@ -263,8 +262,7 @@ class PruneCallback(TrainerCallback):
         self._reset()
         if self._structure is not None:
             sites = find_sites(model, self.stage.units, self.stage.ignore)
-            length = tokens_up_to(model, self.stage.sequence_length)
-            self.seen = site_lengths(model, sites, length)
+            self.seen = site_lengths(model, sites, self.stage.sequence_length)
         self.pruning.start(model)
         self.parameters = count_parameters(model)
 
