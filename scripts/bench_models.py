@@ -1,6 +1,6 @@
 """The models and data of benchmarks: a fine-tuned classifier, a causal language model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers import (
 from hf_prune.measure.counts import count_parameters
 
 Batches = list[dict[str, Tensor]]
+SAMPLES = 512
+"""Calibration examples of a classifier, where nothing else is said."""
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, rows: Any, length: int, size: int) -> Batches:
@@ -62,7 +64,7 @@ def text_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options of a benchmark on a classifier: what `text_case` takes."""
     for option in (
         click.option("--test-samples", default=0, show_default=True, help="Examples; 0 = all."),
-        click.option("--samples", default=512, show_default=True, help="Calibration examples."),
+        click.option("--samples", default=SAMPLES, show_default=True, help="To calibrate on."),
         click.option("--seed", default=0, show_default=True, help="Of the calibration draw."),
         click.option("--data", type=click.Choice(["rotten-tomatoes", "reuters-r8"]), required=True),
         click.option(
@@ -72,6 +74,13 @@ def text_options(function: Callable[..., None]) -> Callable[..., None]:
     ):
         function = option(function)
     return function
+
+
+def row_name(level: str, method: str, about: Mapping[str, Any]) -> str:
+    """What a row on a classifier is called: how many examples calibrate is a part of the method."""
+    samples = about["samples"]
+    more = "" if samples == SAMPLES else f", {samples:,} examples"
+    return f"{about['data']} {level} {method}{more} seed {about['seed']}"
 
 
 def text_case(

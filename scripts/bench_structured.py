@@ -20,6 +20,7 @@ from bench_models import (
     language_options,
     padded,
     perplexity,
+    row_name,
     text_case,
     text_options,
 )
@@ -41,6 +42,10 @@ from hf_prune.surgery.dense import DenseTargets
 
 AS_IT_IS = ", no re-fit"
 """Ends the names of methods after which nothing is re-fitted, as they were published."""
+SEARCHED = ", searched"
+"""Ends the names of methods whose widths a search on what the pruned network does refines."""
+TRIALS = 24
+"""Of such a search."""
 METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs knapsack": ("kfac_obs", "knapsack"),
     "kfac_obs global": ("kfac_obs", "global"),
@@ -77,6 +82,7 @@ METHODS |= {
         "random uniform",
     )
 }
+METHODS[f"kfac_obs knapsack{SEARCHED}"] = METHODS["kfac_obs knapsack"]
 """What is compared, best first, so that an interrupted run has the most telling rows."""
 TEMPLATE = {"pattern": "uniform_width", "multiple": 64}
 """Of the rows with a template: the same share of every site."""
@@ -113,6 +119,7 @@ def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
         **({"template": TEMPLATE} if solver == "template" else {}),
         "sequence_length": TOKENS,
         "reconstruct": not method.endswith(AS_IT_IS),
+        "search_trials": TRIALS if method.endswith(SEARCHED) else 0,
         **goal,
         **options,
     }
@@ -131,6 +138,7 @@ def _missing(
     `wanted` holds the levels of keys by method. Methods of one criterion share an analysis, and
     all of them one dense pass.
     """
+    samples = sum(len(batch["input_ids"]) for batch in calibration)
     made: dict[str, Analysis] = {}
     targets: DenseTargets | None = None
     for method, levels in wanted.items():
@@ -139,7 +147,7 @@ def _missing(
             if key in rows:
                 continue
             if criterion not in made:
-                stage = prune_stage(method, {"sparsity": 0.5})
+                stage = prune_stage(method, {"sparsity": 0.5}, calibration_samples=samples)
                 made[criterion] = analyse(model, stage, calibration, seed)
             analysis = made[criterion]
             analysis.targets = targets = targets or analysis.dense_targets()
@@ -172,9 +180,7 @@ def text(out: Path, methods: str, levels: str, **about: Any) -> None:
     """Accuracy of a fine-tuned classifier, nothing trained after removal."""
     case, seed = text_case(out, **about), about["seed"]
     wanted = {
-        method: {
-            f"{about['data']} {level} {method} seed {seed}": level for level in levels.split(";")
-        }
+        method: {row_name(level, method, about): level for level in levels.split(";")}
         for method in methods.split(";")
     }
     for key, method, level, analysis in _missing(

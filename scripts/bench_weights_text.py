@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 import torch
-from bench_models import accuracy, text_case, text_options
+from bench_models import accuracy, row_name, text_case, text_options
 from bench_rows import Rows
 from bench_weights import KNAPSACK, METHODS, prune_copy
 from sklearn.datasets import load_digits
@@ -33,7 +33,7 @@ def text(out: Path, methods: str, **about: Any) -> None:
     known = METHODS | KNAPSACK
     for method in methods.split(";"):
         for level in LEVELS:
-            key = f"{about['data']} {level} {method} seed {about['seed']}"
+            key = row_name(level, method, about)
             if key in case.rows or (method in KNAPSACK and ":" in level):
                 continue
             pruned = copy.deepcopy(case.model)
