@@ -3,6 +3,7 @@
 import json
 import resource
 import statistics
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,22 @@ from typing import Any
 from hf_prune.report.result import environment
 
 
+def commit() -> str:
+    """Of the code that runs, with a plus where files differ from it; empty where git is not."""
+    try:
+        told = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(
+            told, cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 class Rows:
     """A JSON file of rows by name; a row that is there is not computed again."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out, self.commit = out, commit()
         self.data: dict[str, Any] = {"environment": environment(), "rows": {}}
         if out.is_file():
             self.data = json.loads(out.read_text(encoding="utf-8"))
@@ -23,8 +35,8 @@ class Rows:
         return key in self.data["rows"]
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Write a row at once."""
-        self.data["rows"][key] = row
+        """Write a row at once, with the commit that it is of."""
+        self.data["rows"][key] = row | {"commit": self.commit}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         part = self.out.with_suffix(".part")
         part.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
