@@ -151,7 +151,7 @@ def by_token(values: Tensor, mask: Tensor) -> Tensor:
     """The rows of real tokens, `[real tokens, N]`, of `[B, T, N]`, or of `[B * T, N]`."""
     if values.ndim == 2:
         values = values.unflatten(0, tuple(mask.shape))
-    rows: Tensor = values[mask]
+    rows: Tensor = values.flatten(0, 1) if bool(mask.all()) else values[mask]
     return rows
 
 
