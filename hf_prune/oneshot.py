@@ -260,7 +260,7 @@ class _FloorRun:
         value = next((value for known, value in self.known if known == plan), None)
         if value is None:
             pruned = carry_out(self.analysis, decision, self.stage)
-            value = _on_all_processes(self.metric(pruned.model))
+            value = _measured(self.metric, pruned.model)
             self.known.append((plan, value))
         outcome = decision.selection.outcomes[0]
         removed = outcome.removed / max(outcome.total, 1)
@@ -276,6 +276,23 @@ class _FloorRun:
         assert self.stage.floor is not None  # noqa: S101  # the run is for one
         late = time.monotonic() - self.start > 60 * self.stage.floor.max_minutes
         return _on_all_processes(float(late)) > 0
+
+
+def _measured(metric: Metric, model: PreTrainedModel) -> float:
+    """The metric of a model, over all processes.
+
+    Raises:
+        DataError: when it is not one number.
+    """
+    found = metric(model)
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the metric gave {found!r}. A floor needs one number, higher = better: return a "
+            "float, such as evaluation['accuracy']."
+        ) from error
+    return _on_all_processes(value)
 
 
 def _on_all_processes(value: float) -> float:
@@ -297,7 +314,7 @@ def _above_floor(
     """The smallest model that keeps the metric, between nothing and all that is asked for."""
     floor = stage.floor
     assert floor is not None  # noqa: S101  # asked for one
-    least = _on_all_processes(metric(analysis.given)) - floor.drop
+    least = _measured(metric, analysis.given) - floor.drop
     if least != least:
         raise DataError("the metric of the dense model is not a number.")
     case = case_of(
@@ -317,12 +334,12 @@ def _above_floor(
         by_bisection(run.attempt, floor, run.late, start)
     if run.best is None:
         logger.warning("no smaller model above the floor was found: nothing is removed.")
-        best = carry_out(analysis, chooser.nothing(), stage)
+        removed, best = 0.0, carry_out(analysis, chooser.nothing(), stage)
     else:
         removed, best = run.best
-        if experience is not None:
-            trials = len(run.trials)
-            of_the_main_process(lambda: experience.add(case, removed=removed, trials=trials))
+    if experience is not None:
+        trials = len(run.trials)
+        of_the_main_process(lambda: experience.add(case, removed=removed, trials=trials))
     best.entry["floor"] = {"least": least, "trials": run.trials, "started_from": start}
     return best
 

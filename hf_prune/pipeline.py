@@ -55,7 +55,7 @@ def _needs_data(stage: Prune) -> bool:
     if not stage.structural:
         return needs_data(stage)
     statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
-    return bool(statistics) or stage.reconstruct or stage.rescale
+    return bool(statistics) or stage.reconstruct or stage.rescale or stage.search_trials > 0
 
 
 def _calibration(
@@ -213,12 +213,18 @@ def compress(
 
     Raises:
         CheckpointError: when the file of experience is torn, or is somebody else's.
-        ConfigError: when the recipe is not valid.
+        ConfigError: when the recipe is not valid, or has no floor for a metric or experience.
         DataError: when calibration data is missing, too short, or out of range.
         NumericsError: when a weight, a statistic or a score is not finite.
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
     recipe = _check(model, recipe)
+    floors = any(stage.floor is not None for stage in recipe.prune_stages)
+    if not floors and (metric is not None or experience is not None):
+        raise ConfigError(
+            "metric and experience are for a stage with a floor: leave them out, or write "
+            "floor: {drop: 0.01}."
+        )
     words = _words(recipe, tokenizer, texts)
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)

@@ -273,7 +273,8 @@ class Job:
         """Prune the current model in one shot."""
         one = self.recipe.model_copy(update={"stages": (stage,)})
         metric = self.score_for_floor if stage.floor is not None else None
-        batches, known = self._examples(stage), self.arguments.experience
+        batches = self._examples(stage)
+        known = self.arguments.experience if stage.floor is not None else None
         result = compress(self.model, one, batches, metric=metric, experience=known)
         self.model = result.model
         self.plan = self.plan.then(result.plan.moved(self.layers))

@@ -1,9 +1,10 @@
 """One analysis, many targets; and the smallest model above a floor."""
 
+import numpy as np
 import pytest
 import torch
 
-from hf_prune import compress, compress_family
+from hf_prune import compress, compress_family, save_result
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.plan import rename_layers
@@ -38,6 +39,17 @@ def test_a_family_is_what_compress_gives_for_each(tiny, inputs_for, name, monkey
         assert result.report["stages"] == alone.report["stages"]
         assert result.recipe.prune_stages == alone.recipe.prune_stages
     assert count_parameters(family[1].model) < count_parameters(family[0].model)
+
+
+@pytest.mark.parametrize("how", ["sequential", "parallel"])
+def test_what_is_ignored_stays_as_it_is(tiny, inputs_for, how):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(6)]
+    stage = {**STAGE, "sparsity": 0.3, "ignore": ["encoder.layer.1.*"], "reconstruction": how}
+    result = compress(model, {"stages": [stage]}, batches)
+    for name, value in result.model.named_parameters():
+        if ".layer.1." in name:
+            assert torch.equal(value, model.get_parameter(name)), name
+    assert result.report["pruning"][0]["refitted"] > 0
 
 
 def test_a_family_needs_one_structured_stage(tiny, inputs_for):
@@ -84,6 +96,40 @@ def test_when_no_smaller_model_is_good_enough(tiny, inputs_for, caplog):
     result = compress(model, {"stages": [stage]}, batches, metric=metric)
     assert count_parameters(result.model) == count_parameters(model)
     assert "nothing is removed" in caplog.text
+
+
+@pytest.mark.parametrize("number", [float, torch.tensor, np.float32])
+def test_a_metric_may_be_any_number(number, tiny, inputs_for, tmp_path):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+    total = count_parameters(model)
+    stage = {**STAGE, "sparsity": 0.5, "criterion": "magnitude", "floor": {"drop": 0.9}}
+    result = compress(
+        model, {"stages": [stage]}, batches, metric=lambda m: number(count_parameters(m) / total)
+    )
+    save_result(result, tmp_path / "out")
+    (trial,) = result.report["pruning"][0]["floor"]["trials"]
+    assert trial["metric"] == pytest.approx(count_parameters(result.model) / total)
+
+
+def test_a_metric_that_is_no_number_is_named(tiny, inputs_for):
+    stage = {**STAGE, "sparsity": 0.5, "floor": {"drop": 0.1}}
+    batches = [inputs_for("bert", s) for s in range(4)]
+    with pytest.raises(DataError, match=r"the metric gave \{'accuracy': 0.9\}"):
+        compress(tiny("bert"), {"stages": [stage]}, batches, metric=lambda m: {"accuracy": 0.9})
+
+
+def test_what_only_a_floor_reads_is_refused_without_one(tiny, inputs_for, tmp_path):
+    stages, batches = [{**STAGE, "sparsity": 0.5}], [inputs_for("bert", s) for s in range(4)]
+    for told in ({"metric": count_parameters}, {"experience": tmp_path / "runs.sqlite"}):
+        with pytest.raises(ConfigError, match="are for a stage with a floor"):
+            compress(tiny("bert"), {"stages": stages}, batches, **told)
+
+
+def test_a_search_reads_batches_whatever_the_criterion(tiny, inputs_for):
+    stage = {**STAGE, "sparsity": 0.5, "criterion": "magnitude", "reconstruct": False}
+    batches = [inputs_for("bert", s) for s in range(8)]
+    result = compress(tiny("bert"), {"stages": [{**stage, "search_trials": 2}]}, batches)
+    assert len(result.report["pruning"][0]["search"]) == 3
 
 
 @pytest.mark.parametrize("template", [None, "alternate_layers"])

@@ -164,6 +164,11 @@ def gradual(stage, **schedule):
         (one(search_trials=1, floor={"drop": 0.1}), "refines widths .*leave it out, or floor"),
         (gradual({**PRUNE, "search_trials": 1}), "is for one shot: leave it out, or schedule"),
         (one(units=["hidden"], search_trials=1), "search_trials is for heads and neurons"),
+        (one(units=["hidden"], rescale=True), "rescale and reconstruction: parallel are for heads"),
+        (
+            one(units=["hidden"], reconstruction="parallel"),
+            "rescale and reconstruction: parallel are for heads",
+        ),
         (one(**SINGLE, search_trials=1), "search_trials is for heads and neurons"),
         (gradual({**PRUNE, "rescale": True}), "rescale is for heads and neurons in one shot"),
         (one(**SINGLE, rescale=True), "rescale is for heads and neurons in one shot"),

@@ -17,8 +17,7 @@ from hf_prune.recipe import did_you_mean
 STATISTICS: dict[str, str] = {
     "gate_grad": "[U], mean over examples of |d loss / d gate|; needs labels",
     "gate_grad_signed": "[U], mean over examples of d loss / d gate; needs labels",
-    "gate_fisher": "[U, U], mean over examples of the outer product of d loss / d gate; "
-    "needs labels",
+    "gate_square": "[U], mean over examples of (d loss / d gate)^2; needs labels",
     "projected_fisher": "[U], mean over examples of (d (v . logits) / d gate)^2, v random signs",
     "projected_gate_fisher": "[U, U], the same as a full matrix",
     "weight_grad_square": "[U, N], mean over examples of (d loss / d weight)^2; needs labels",

@@ -226,16 +226,16 @@ def fisher(weight: Tensor, *, projected_fisher: Tensor) -> Tensor:
 
 
 @criterion
-def fisher_label(weight: Tensor, *, gate_fisher: Tensor) -> Tensor:
+def fisher_label(weight: Tensor, *, gate_square: Tensor) -> Tensor:
     """Mean squared gradient of the loss with respect to a unit's gate.
 
     Args:
         weight: `[U, N]`, not used: the gate's gradient has the weight in it.
-        gate_fisher: `[U, U]`, of which the diagonal is read.
+        gate_square: `[U]`, mean over examples of `(dL/dg)^2` at `g = 1`.
 
     Returns:
         `[U]`, in squared units of the loss.
 
     Source: the diagonal empirical Fisher information of Kwon et al. 2022, arXiv:2204.09656.
     """
-    return gate_fisher.diagonal()
+    return gate_square

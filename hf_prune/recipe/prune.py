@@ -168,6 +168,11 @@ class Prune(Model):
             raise ValueError("the hidden width is pruned in one shot, to a sparsity")
         if self.cost == "macs" or self.of == "layers":
             raise ValueError("the sparsity of the hidden width is one of all parameters it is in")
+        if self.rescale or self.reconstruction == "parallel":
+            raise ValueError(
+                "rescale and reconstruction: parallel are for heads and neurons: what reads and "
+                "writes the hidden width is re-fitted in sequence, leave them out"
+            )
 
     def _check_joint(self) -> None:
         if set(self.units) - {"heads", "query_heads", "neurons", "weights"}:

@@ -101,7 +101,8 @@ class _Bracket:
 
     def around(self, start: float) -> None:
         """Step away from where the answer is expected, in growing steps, until it is passed."""
-        step, scale = FIRST_STEP * self.floor.precision, min(max(start, 0.0), 1.0)
+        step = FIRST_STEP * self.floor.precision
+        scale = min(max(start, step), 1.0)  # nothing removed is good untried
         up = self.try_(scale)
         while not self.over():
             scale = min(scale + step, 1.0) if up else max(scale - step, 0.0)

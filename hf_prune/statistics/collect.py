@@ -30,7 +30,7 @@ from hf_prune.statistics.streams import in_eval
 
 Statistics = dict[str, dict[str, Tensor]]
 """By site, then by name of the statistic."""
-LOSS_GATES = frozenset({"gate_grad", "gate_grad_signed", "gate_fisher"})
+LOSS_GATES = frozenset({"gate_grad", "gate_grad_signed", "gate_square"})
 """Read off gates, from the gradient of the loss."""
 PROJECTED_GATES = frozenset({"projected_fisher", "projected_gate_fisher"})
 """Read off gates, from the gradient of a random projection of the logits."""
@@ -220,7 +220,7 @@ class _Pass:
             made = {
                 ("loss", "gate_grad"): lambda v: v.abs().sum(dim=0),
                 ("loss", "gate_grad_signed"): lambda v: v.sum(dim=0),
-                ("loss", "gate_fisher"): lambda v: v.T @ v,
+                ("loss", "gate_square"): lambda v: v.square().sum(dim=0),
                 ("projection", "projected_fisher"): lambda v: v.square().sum(dim=0),
                 ("projection", "projected_gate_fisher"): lambda v: v.T @ v,
             }

@@ -17,6 +17,7 @@ here to the sum after the residual, so that what the residual lost is part of th
 """
 
 import copy
+import fnmatch
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -300,14 +301,26 @@ def refit_as_asked(
 
     Returns:
         The names of the sites that were re-fitted, in order; none, where the stage wants no re-fit.
+        What the stage ignores is left as it is.
     """
     if not (stage.reconstruct or stage.rescale):
         return []
+    parallel = stage.reconstruction == "parallel"
+    changed = None
+    if stage.ignore:
+        modules = _narrowed(model, targets.dense, all_after=not parallel)
+        changed = [
+            site.name
+            for site in find_sites(model)
+            if site.gate.module in modules
+            and not any(fnmatch.fnmatch(site.name, pattern) for pattern in stage.ignore)
+        ]
     return refit(
         model,
         targets,
         ridge=stage.ridge,
-        kept=plan if stage.reconstruction == "parallel" else None,
+        changed=changed,
+        kept=plan if parallel else None,
         rescale=stage.rescale,
         least_squares=stage.reconstruct,
     )

@@ -24,7 +24,7 @@ def arguments(name, seed=0):
         "projected_fisher": torch.rand(U, generator=generator),
         "input_norm": torch.rand(U, D, generator=generator),
         "gate_grad_signed": torch.randn(U, generator=generator),
-        "gate_fisher": torch.rand(U, U, generator=generator),
+        "gate_square": torch.rand(U, generator=generator),
         "weight_grad_square": torch.rand(U, E * D, generator=generator),
     }
     weight = torch.randn(U, E * D, generator=generator)
@@ -63,7 +63,7 @@ LOOPS = {
     "gradient_norm": lambda w, u, s: sum(s["weight_grad_square"][u].tolist()),
     "obd": lambda w, u, s: damage(w[u].tolist(), u, s),
     "fisher": lambda w, u, s: s["projected_fisher"][u].item(),
-    "fisher_label": lambda w, u, s: s["gate_fisher"][u, u].item(),
+    "fisher_label": lambda w, u, s: s["gate_square"][u].item(),
 }
 """The definitions, one unit and one weight at a time."""
 
@@ -84,9 +84,7 @@ def test_permuting_units_permutes_scores(name, order, seed):
     plain = CRITERIA[name](weight, **statistics)
     moved = CRITERIA[name](
         weight[order],
-        **{
-            k: v[order][:, order] if k == "gate_fisher" else v[order] for k, v in statistics.items()
-        },
+        **{key: value[order] for key, value in statistics.items()},
     )
     torch.testing.assert_close(moved, plain[order])
 

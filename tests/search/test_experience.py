@@ -199,3 +199,24 @@ def test_the_next_search_starts_from_it(tiny, inputs_for, tmp_path, search):
         assert len(entries[1]["trials"]) <= 4
         sizes = [count_parameters(r.model) for r in (first, second)]
         assert sizes[1] <= 1.01 * sizes[0]
+
+
+def test_a_search_that_found_nothing_is_remembered(tiny, inputs_for, tmp_path):
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+    total, path = count_parameters(model), tmp_path / "experience.sqlite"
+    floor = {"drop": 0.5, "trials": 6}
+    stage = {"stage": "prune", "sparsity": 0.9, "sequence_length": 16, "criterion": "magnitude"}
+
+    def trials():
+        result = compress(
+            model,
+            {"stages": [{**stage, "floor": floor}]},
+            batches,
+            metric=lambda m: float(count_parameters(m) == total),
+            experience=path,
+        )
+        assert count_parameters(result.model) == total
+        return len(result.report["pruning"][0]["floor"]["trials"])
+
+    assert trials() == 6
+    assert trials() < 4
