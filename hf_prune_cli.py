@@ -35,6 +35,11 @@ def _explained(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Make Hugging Face transformers really smaller and really faster.
@@ -134,6 +139,10 @@ def vocabulary(
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file to write.")
 @click.option("--criteria", default="kfac_obs,fisher,magnitude", show_default=True)
+@click.option(
+    "--units", default="heads,neurons", show_default=True, help="Or query_heads, experts."
+)
+@click.option("--fractions", default="0.25,0.5,0.75,0.9", show_default=True, help="To mask.")
 @click.option("--text-column", default="text", show_default=True, help="Column of a table.")
 @click.option("--label-column", help="Column of a table, of the class: its number or its name.")
 @click.option("--max-samples", default=128, show_default=True, help="Lines or rows, at most.")
@@ -143,7 +152,7 @@ def analyze(
     model_name_or_path: str,
     file: Path,
     out: Path | None,
-    criteria: str,
+    fractions: str,
     **options: Any,
 ) -> None:
     """Show how sensitive every site of a model is.
@@ -155,9 +164,15 @@ def analyze(
 
     from hf_prune.analysis import analyse_file
     from hf_prune.report.sensitivity import sensitivity_tables
+    from hf_prune.statistics.texts import Examples
 
-    names = tuple(name.strip() for name in criteria.split(",") if name.strip())
-    found = analyse_file(model_name_or_path, file, names, **options)
+    criteria, kinds = (_names(options.pop(key)) for key in ("criteria", "units"))
+    examples = Examples(file, **options)
+    try:
+        shares = [float(part) for part in _names(fractions)]
+    except ValueError as error:
+        raise click.BadParameter(f"--fractions: {error}") from error
+    found = analyse_file(model_name_or_path, examples, criteria, kinds=kinds, fractions=shares)
     if out is not None:
         out.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     for table in sensitivity_tables(found):

@@ -6,7 +6,6 @@ Each site is masked alone, in the order of a criterion, with everything else as 
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from hf_prune.statistics.collect import collect, sum_over_processes
 from hf_prune.statistics.projection import real_logits
 from hf_prune.statistics.score import score
 from hf_prune.statistics.streams import in_eval
-from hf_prune.statistics.texts import class_numbers, read_examples
+from hf_prune.statistics.texts import Examples, class_numbers, read_examples
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.9)
 """Shares of a site's units that are masked."""
@@ -206,11 +205,15 @@ def analyse_sensitivity(
         seed: of everything random.
 
     Raises:
-        ConfigError: when no criterion is given, or an unknown one.
+        ConfigError: when no criterion is given, or an unknown one; when the model has no unit of
+            these kinds, or a fraction is outside [0, 1].
         DataError: when batches are missing or out of range, or labels that a criterion needs.
     """
     if not criteria:
         raise ConfigError("name at least one criterion.")
+    for fraction in fractions:
+        if not 0 <= fraction <= 1:
+            raise ConfigError(f"{fraction:g} is no fraction of units to mask: it is in [0, 1].")
     batches = list(batches)  # they pass once for statistics, and once for the curves
     if not batches:
         raise DataError("the calibration set is empty. Pass batches (dicts of tensors).")
@@ -218,6 +221,10 @@ def analyse_sensitivity(
         check_batch(model, batch, index)
     wanted = {name for criterion in criteria for name in needs(get_criterion(criterion))}
     sites = find_sites(model, kinds)
+    if not sites:
+        raise ConfigError(
+            f"{type(model).__name__} has no units of {', '.join(kinds) or 'no kind'}."
+        )
     statistics = collect(model, sites, batches, wanted, seed)
     rankings = {name: score(model, sites, name, statistics, seed) for name in criteria}
     agreement = {
@@ -239,33 +246,28 @@ def analyse_sensitivity(
 
 def analyse_file(
     model: "str | os.PathLike[str]",
-    file: Path,
+    examples: Examples,
     criteria: Sequence[str],
     *,
-    text_column: str = "text",
-    label_column: str | None = None,
-    max_samples: int = 128,
-    max_length: int = 128,
+    kinds: Sequence[str] = ("heads", "neurons"),
+    fractions: Sequence[float] = FRACTIONS,
 ) -> Sensitivity:
     """The sensitivity of a saved model on a text file with one example a line, or on a table.
 
     Args:
         model: folder or Hub name, with a tokenizer; loaded as the class that it was saved from.
-        file: UTF-8 text, of which empty lines are skipped; or a table, by its name: `.csv`, `.tsv`,
-            `.json`, `.jsonl` or `.parquet`.
+        examples: texts, for classifiers with labels: numbers of classes, or their names in the
+            config; for models of one number, that number.
         criteria: as in `analyse_sensitivity`. Language models have their tokens for labels.
-        text_column: of a table.
-        label_column: of a table, for classifiers: numbers of classes, or their names in the config;
-            for models of one number, that number.
-        max_samples: lines to use at most, the first ones; or rows, from all over the table.
-        max_length: tokens of a line at most.
+        kinds: as in `analyse_sensitivity`.
+        fractions: as in `analyse_sensitivity`.
 
     Raises:
         ConfigError: when labels are named that file or model do not have; or transformers does not
             have the class that the model was saved from.
         DataError: when there is no text, or a label that the model does not know.
     """
-    texts, values = read_examples(file, text_column, label_column, max_samples)
+    texts, values = read_examples(examples)
     names = AutoConfig.from_pretrained(model).architectures or ["none"]
     loader = getattr(transformers, names[0], None)
     if loader is None:
@@ -274,7 +276,7 @@ def analyse_file(
     labels = None if values is None else class_numbers(loaded, values)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    options = {"truncation": True, "max_length": max_length, "padding": True}
+    options = {"truncation": True, "max_length": examples.max_length, "padding": True}
     batches = []
     for start in range(0, len(texts), BATCH):
         part = slice(start, start + BATCH)
@@ -284,4 +286,4 @@ def analyse_file(
         elif loaded.get_output_embeddings() is not None:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         batches.append(batch)
-    return analyse_sensitivity(loaded, batches, criteria)
+    return analyse_sensitivity(loaded, batches, criteria, kinds=kinds, fractions=fractions)

@@ -18,7 +18,7 @@ from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
 from hf_prune.statistics.projection import real_logits
 from hf_prune.statistics.score import score
-from hf_prune.statistics.texts import class_numbers, read_examples
+from hf_prune.statistics.texts import Examples, class_numbers, read_examples
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -215,7 +215,7 @@ def test_names_of_classes_and_rows_from_all_over(saved, tmp_path):
         assert result.exit_code == 0, result.output
         found.append(json.loads(out.read_text()))
     assert found[0] == found[1]
-    texts, labels = read_examples(tmp_path / "numbers.csv", "sentence", "mood", 6)
+    texts, labels = read_examples(Examples(tmp_path / "numbers.csv", "sentence", "mood", 6))
     assert labels == [0, 0, 1, 1, 2, 2]
     assert len(set(texts)) == 6
 
@@ -251,6 +251,27 @@ def test_tables_that_are_refused(saved, tmp_path, rows, options, text):
     assert result.exit_code == 1
     assert "DataError" in result.output
     assert text in result.output
+
+
+def test_units_and_fractions_are_chosen(saved, tmp_path):
+    file, out = table(tmp_path / "rows.csv", ROWS), tmp_path / "out.json"
+    options = ("--text-column", "sentence", "--criteria", "magnitude")
+    result = analyze(
+        saved, file, *options, "--units", "heads", "--fractions", "0.5,1", "--out", out
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["fractions"] == [0.5, 1.0]
+    assert found["curves"]
+    assert all(name.endswith("attention") for name in found["curves"])
+    for chosen, text in (
+        (("--fractions", "1.5"), "1.5 is no fraction of units to mask"),
+        (("--fractions", "half"), "could not convert"),
+        (("--units", "experts"), "has no units of experts"),
+    ):
+        result = analyze(saved, file, *options, *chosen)
+        assert result.exit_code == 2
+        assert text in result.output
 
 
 def test_what_is_no_table_and_no_classifier(saved, tmp_path, tiny):

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,36 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 """By the end of a name, how `datasets` reads such a table. All other files are lines of text."""
 
 
-def read_examples(
-    file: Path, text_column: str, label_column: str | None, most: int
-) -> tuple[list[str], list[Any] | None]:
-    """Texts, and what stands in the column of labels.
+@dataclass(frozen=True)
+class Examples:
+    """Texts in a file, and which of them are used.
 
-    Args:
-        file: a table, or lines of UTF-8 text.
+    Attributes:
+        file: UTF-8 text, of which empty lines are skipped; or a table, by its name: `.csv`, `.tsv`,
+            `.json`, `.jsonl` or `.parquet`.
         text_column: of a table.
         label_column: of a table; None, if labels are not wanted.
-        most: the first lines that are not empty; or rows at even distances, since tables are often
+        max_samples: the first lines at most; or rows at even distances, since tables are often
             sorted by label.
+        max_length: tokens of a text at most.
+    """
+
+    file: Path
+    text_column: str = "text"
+    label_column: str | None = None
+    max_samples: int = 128
+    max_length: int = 128
+
+
+def read_examples(examples: Examples) -> tuple[list[str], list[Any] | None]:
+    """Texts, and what stands in the column of labels.
 
     Raises:
         ConfigError: when labels are asked of lines.
         DataError: when there is no text, or a table cannot be read or lacks a column or a text.
     """
+    file, text_column = examples.file, examples.text_column
+    label_column, most = examples.label_column, examples.max_samples
     if file.suffix.lower() not in TABLES:
         if label_column is not None:
             raise ConfigError(
