@@ -5,7 +5,7 @@ Each site is masked alone, in the order of a criterion, with everything else as 
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from hf_prune.statistics.batches import (
     to_device,
 )
 from hf_prune.statistics.collect import collect, sum_over_processes
-from hf_prune.statistics.projection import real_logits
+from hf_prune.statistics.logits import Said, divergence, said
 from hf_prune.statistics.score import score
 from hf_prune.statistics.streams import in_eval
 from hf_prune.statistics.texts import Examples, class_numbers, read_examples
@@ -45,10 +45,11 @@ class Sensitivity:
         criterion: in whose order units were masked.
         fractions: shares of the units of one site that were asked for.
         curves: by site, at each fraction: `masked` (the units that were masked, the nearest whole
-            number of them), `kl` (mean KL divergence from the dense model, in nats
-            per example or token), `logit_error` (mean squared change of the logits, their mean over
-            classes taken off) and, where batches have labels, `loss`, the mean over all labels
-            that count: examples, or tokens. All are over the batches of all processes.
+            number of them), `kl` (mean KL divergence from the dense model, in nats per example or
+            token, of answers in a text per start and end: see `divergence` for flags and numbers),
+            `logit_error` (mean squared change of the logits, less their mean over the classes, or
+            tokens, that a softmax runs over) and, where batches have labels, `loss`, the mean over
+            all labels that count: examples, or tokens. All are over the batches of all processes.
         scores: by criterion and site, what each unit's removal adds in the criterion's order, by
             unit.
         agreement: by two criteria, the mean over sites of the rank correlation of their orders.
@@ -94,13 +95,14 @@ def _by_unit(ranking: Ranking) -> list[float]:
     return [float(value) for value in values]
 
 
-def _compare(dense: Tensor, masked: Tensor) -> Tensor:
-    """Sums over examples or tokens of KL divergence and squared logit error, and their number."""
-    p, q = torch.log_softmax(dense, dim=-1), torch.log_softmax(masked, dim=-1)
-    kl = (p.exp() * (p - q)).sum(dim=-1)
-    change = masked - dense
-    change = change - change.mean(dim=-1, keepdim=True)
-    error = change.square().mean(dim=-1)
+def _compare(dense: Said, masked: Said) -> Tensor:
+    """Sums over examples or tokens of divergence and squared logit error, and their number."""
+    kl = divergence(dense, masked)
+    change = replace(masked, values=masked.values - dense.values).centred().values
+    if dense.real is None:
+        error = change.square().mean(dim=-1)
+    else:
+        error = change.square().sum(dim=-1) / dense.real.sum(dim=-1)
     count = kl.new_tensor(len(kl), dtype=torch.float64)
     return torch.stack([kl.double().sum(), error.double().sum(), count])
 
@@ -157,7 +159,7 @@ def _curves(
             batch = to_device(batch, model.device)
             kwargs = forward_kwargs(model, batch, labels=labelled)
             given = model(**kwargs)
-            dense = real_logits(model, batch, given)
+            dense = said(model, batch, given)
             if labelled:
                 whole[0] += _told(model, batch, given)
             for row, site in zip(sums, sites, strict=True):
@@ -166,8 +168,7 @@ def _curves(
                     gate[rankings[site.name].order[: round(fraction * site.units)]] = 0.0
                     gates.values = {site.name: gate}
                     output = model(**kwargs)
-                    masked = real_logits(model, batch, output).to(dense)
-                    row[index, :3] += _compare(dense, masked)
+                    row[index, :3] += _compare(dense, said(model, batch, output))
                     if labelled:
                         row[index, 3:] += _told(model, batch, output)
                 gates.values = {}

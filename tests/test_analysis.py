@@ -16,7 +16,7 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.gates.plans import close_gates
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
-from hf_prune.statistics.projection import real_logits
+from hf_prune.statistics.logits import said
 from hf_prune.statistics.score import score
 from hf_prune.statistics.texts import Examples, class_numbers, read_examples
 
@@ -302,6 +302,6 @@ def test_padding_of_a_decoder_is_that_of_its_labels(tiny, inputs_for, name):
     with torch.no_grad():
         output = model(**batch)
     real = batch["labels"] != -100
-    assert torch.equal(real_logits(model, batch, output), output.logits[real])
+    assert torch.equal(said(model, batch, output).values, output.logits[real])
     del batch["labels"]
-    assert len(real_logits(model, batch, output)) == batch["attention_mask"].sum()
+    assert len(said(model, batch, output).values) == batch["attention_mask"].sum()

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError
 from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.projection import real_logits
+from hf_prune.statistics.logits import Said, said
 from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.dense import MAX_STORED_BYTES, held_out_examples
 
@@ -20,12 +19,12 @@ JUDGES = 1
 
 
 @torch.no_grad()
-def centred_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The logits of examples or of real tokens, less their mean over classes, in float32."""
+def centred_logits(model: PreTrainedModel, batch: Batch) -> Said:
+    """The logits of examples or of real tokens, less what a softmax cannot tell, in float32."""
     batch = to_device(batch, model.device)
     with in_eval(model):
-        values = real_logits(model, batch, model(**forward_kwargs(model, batch, labels=False)))
-    return values - values.mean(dim=-1, keepdim=True)
+        found = said(model, batch, model(**forward_kwargs(model, batch, labels=False)))
+    return found.centred()
 
 
 @dataclass
@@ -59,14 +58,14 @@ class Judge:
         found = torch.tensor(counts, device=self.dense.device)
         if not bool((sum_over_processes(found) > 0).all()):
             raise DataError("too few calibration examples to search with: pass some dozens.")
-        self.logits: list[Tensor] = []
+        self.logits: list[Said] = []
         held = 0
         for batch in self.examples:
-            values = centred_logits(self.dense, batch)
-            held += values.numel() * values.element_size()
+            stored = centred_logits(self.dense, batch)
+            held += stored.values.numel() * stored.values.element_size()
             if held > MAX_STORED_BYTES:
                 break
-            self.logits.append(values)
+            self.logits.append(stored)
 
     def error(self, candidate: PreTrainedModel) -> float:
         """Mean squared change of the logits on the examples that judge, of all processes."""
@@ -74,6 +73,7 @@ class Judge:
         for batch, stored in zip_longest(self.examples, self.logits):
             theirs = centred_logits(self.dense, batch) if stored is None else stored
             ours = centred_logits(candidate, batch)
-            sums += torch.tensor([float((ours - theirs).square().sum()), ours.numel()])
+            change = ours.values - theirs.values
+            sums += torch.tensor([float(change.square().sum()), ours.entries])
         total, number = sum_over_processes(sums.to(self.dense.device)).tolist()
         return float(total / number)

@@ -19,48 +19,16 @@ from hf_prune.statistics.batches import (
     sequence_mask,
     token_mask,
 )
+from hf_prune.statistics.logits import centred, has_head, kind_of, logits_of
 
 
-def logits_of(output: Any) -> Tensor:
-    """What a model says: its logits, start and end logits together, or its hidden states."""
-    if getattr(output, "logits", None) is not None:
-        result = output.logits
-    elif getattr(output, "logits_per_image", None) is not None:
-        result = output.logits_per_image  # [images, texts]
-    elif getattr(output, "start_logits", None) is not None:
-        result = torch.stack([output.start_logits, output.end_logits], dim=-1)  # [B, T, 2]
-    else:
-        result = output[0]
-    assert isinstance(result, Tensor)  # noqa: S101  # what every model of transformers gives
-    return result
-
-
-def real_logits(model: PreTrainedModel, batch: Batch, output: Any) -> Tensor:
-    """What a model says of each example, or of each real token, `[n, C]`, in float32.
-
-    Args:
-        model: that gave the output.
-        batch: on its device. The tokens of a decoder are real where its mask or labels say so.
-        output: of the model.
-    """
-    values = logits_of(output).float()
-    told = {"labels", "decoder_attention_mask"} & set(batch)
-    if values.ndim == 3:
-        decoder = bool(model.config.is_encoder_decoder) and bool(told)
-        mask = (
-            sequence_mask(model, batch, "decoder", values) if decoder else token_mask(model, batch)
-        )
-        if values.shape[:2] == mask.shape:
-            return values[mask]  # [B, T, C] -> [real tokens, C]
-    return values.flatten(0, -2)
-
-
-def _directions(values: Tensor, generator: torch.Generator, *, language: bool) -> Tensor:
+def _directions(values: Tensor, generator: torch.Generator, said: str, *, language: bool) -> Tensor:
     """Random `v` for the logits of one example, in the shape of `values`, without gradient.
 
     Of a language model `v` has the covariance `diag(p) - p p^T`, so that the expected square of
     `v . dz` is the second-order change of the KL divergence. Otherwise `v` is random signs, less
-    their mean over classes, since a constant added to all logits changes no probability.
+    their mean over what a softmax runs over, since a constant added to all of its logits changes no
+    probability: over classes, or over the tokens in which an answer begins or ends.
     """
     signs = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.int8)
     signs = signs.to(values) * 2 - 1
@@ -68,9 +36,9 @@ def _directions(values: Tensor, generator: torch.Generator, *, language: bool) -
         root = torch.softmax(values.detach(), dim=-1).sqrt()
         signs = root * signs
         return signs - root.square() * signs.sum(dim=-1, keepdim=True)
-    if values.shape[-1] > 1:
-        signs = signs - signs.mean(dim=-1, keepdim=True)
-    return signs
+    if said == "positions":  # [tokens, 2]
+        return centred(signs.T, said).T
+    return centred(signs, said)
 
 
 def _drawn(values: Tensor, generator: torch.Generator, said: str) -> Tensor:
@@ -96,33 +64,14 @@ def _drawn(values: Tensor, generator: torch.Generator, said: str) -> Tensor:
     return torch.zeros_like(chance).scatter_(-1, label, 1.0) - chance
 
 
-def _said(model: PreTrainedModel, output: Any) -> str:
-    """What the logits are of: `classes`, of which one is true, `flags`, `numbers`, `positions`.
-
-    Raises:
-        ConfigError: when the model predicts nothing, as one without a head.
-    """
-    if getattr(output, "start_logits", None) is not None:
-        return "positions"
-    if not any(getattr(output, n, None) is not None for n in ("logits", "logits_per_image")):
-        raise ConfigError(
-            f"{type(model).__name__} has no head, and so predicts nothing that labels could be "
-            "drawn from. Load the model with the head of its task, or use criterion: kfac_obs."
-        )
-    problem = getattr(model.config, "problem_type", None)
-    if problem == "multi_label_classification":
-        return "flags"
-    numbers = problem == "regression" or logits_of(output).shape[-1] == 1
-    return "numbers" if numbers else "classes"
-
-
 def project_logits(
     logits: Tensor,
     seeds: Sequence[int],
     mask: Tensor | None = None,
     *,
+    said: str = "classes",
     language: bool = False,
-    said: str | None = None,
+    sampled: bool = False,
 ) -> Tensor:
     """A random projection of the logits of each example, `[B]`.
 
@@ -130,10 +79,10 @@ def project_logits(
         logits: `[B, C]`, or `[B, T, C]`.
         seeds: of the examples, from `example_seed`.
         mask: `[B, T]`, True for tokens that count; of logits for each token.
+        said: what the logits are of, from `kind_of`.
         language: whether classes are the entries of a vocabulary, most of them impossible: then
             each is weighted by its probability.
-        said: what is drawn, in the place of random signs: `classes`, `flags`, `numbers`, or
-            `positions`.
+        sampled: draw what is said, in the place of random signs.
 
     Returns:
         `[B]`: the sum of `v * z`.
@@ -144,10 +93,10 @@ def project_logits(
         values = logits[row].float()
         if mask is not None:
             values = values[mask[row]]  # [T, C] -> [tokens that count, C]
-        if said is None:
-            directions = _directions(values, generator, language=language)
-        else:
+        if sampled:
             directions = _drawn(values, generator, said)
+        else:
+            directions = _directions(values, generator, said, language=language)
         result.append((values * directions).sum())
     return torch.stack(result)
 
@@ -171,10 +120,15 @@ def project_output(
     Raises:
         ConfigError: when labels are to be drawn and the model predicts nothing.
     """
+    if sampled and not has_head(output):
+        raise ConfigError(
+            f"{type(model).__name__} has no head, and so predicts nothing that labels could be "
+            "drawn from. Load the model with the head of its task, or use criterion: kfac_obs."
+        )
     logits = logits_of(output)
     rows = zip(main_input(model, batch), token_mask(model, batch), strict=True)
     seeds = [example_seed(row, real, seed) for row, real in rows]
     mask = sequence_mask(model, batch, "decoder", logits) if logits.ndim == 3 else None
     language = model.get_output_embeddings() is not None
-    said = _said(model, output) if sampled else None
-    return project_logits(logits, seeds, mask, language=language, said=said)
+    said = kind_of(model, output)
+    return project_logits(logits, seeds, mask, said=said, language=language, sampled=sampled)

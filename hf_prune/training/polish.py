@@ -16,20 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError, NumericsError
-from hf_prune.statistics.batches import Batch, forward_kwargs, sequence_mask, to_device
+from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.statistics.logits import Said, divergence, has_head, said
 from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.dense import held_out_examples
-from hf_prune.training.losses import distillation_loss
 
 
-def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _said(model: PreTrainedModel, batch: Batch) -> Said:
     output = model(**forward_kwargs(model, batch, labels=False))
-    logits = output.get("logits")
-    if logits is None:
+    if not has_head(output):
         raise DataError(f"{type(model).__name__} gives no logits: a polish needs a task head.")
-    assert isinstance(logits, Tensor)  # noqa: S101  # what a task head gives
-    return logits
+    return said(model, batch, output)
 
 
 def _divergence(
@@ -37,13 +35,9 @@ def _divergence(
 ) -> tuple[Tensor, int]:
     """Mean divergence from the dense network over the chosen examples, and of how many rows."""
     with torch.no_grad():
-        wanted = _logits(dense, to_device(batch, dense.device)).to(model.device)
-    batch = to_device(batch, model.device)
-    logits, chosen = _logits(model, batch), chosen.to(model.device)
-    if logits.ndim == 2:  # [B, C]
-        return distillation_loss(logits[chosen], wanted[chosen], 1.0), int(chosen.sum())
-    counted = sequence_mask(model, batch, "", logits) & chosen.unsqueeze(1)  # [B, T]
-    return distillation_loss(logits, wanted, 1.0, counted), int(counted.sum())
+        wanted = _said(dense, to_device(batch, dense.device)).to(model.device).of(chosen)
+    found = divergence(wanted, _said(model, to_device(batch, model.device)).of(chosen))
+    return found.sum() / max(len(found), 1), len(found)
 
 
 @dataclass

@@ -109,7 +109,7 @@ def slow_loop(model, batch, seed):
     return total
 
 
-def plain_signs(values, generator, *, language):
+def plain_signs(values, generator, said, *, language):
     """The projection of a classifier, also for a vocabulary."""
     drawn = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.int8).double()
     drawn = drawn * 2 - 1
@@ -281,7 +281,7 @@ def test_projection_is_blind_to_a_constant():
     changed = logits.clone()
     changed[1, 1] = 50.0
     assert torch.equal(project_logits(changed, [0, 1], mask), one), "padding does not count"
-    assert project_logits(torch.randn(2, 1), [0, 1]).abs().min() > 0
+    assert project_logits(torch.randn(2, 1), [0, 1], said="numbers").abs().min() > 0
 
 
 def test_nothing_is_run_for_nothing(tiny):
@@ -424,7 +424,9 @@ def test_directions_of_a_vocabulary_have_the_covariance_of_its_entries():
     """Mean over draws of `v v^T` is `diag(p) - p p^T`, the curvature of the KL divergence."""
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([_directions(logits, generator, language=True) for _ in range(20_000)])
+    draws = torch.cat(
+        [_directions(logits, generator, "classes", language=True) for _ in range(20_000)]
+    )
     p = torch.softmax(logits[0], dim=-1)
     torch.testing.assert_close(
         draws.T @ draws / len(draws), torch.diag(p) - torch.outer(p, p), atol=0.01, rtol=0
