@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.errors import DataError
+from hf_prune.errors import ConfigError, DataError
 from hf_prune.statistics.processes import share_of_process
 
 Batch = Mapping[str, Tensor]
@@ -42,15 +42,35 @@ def _vocabulary_size(model: PreTrainedModel) -> int | None:
         return None
 
 
+def _check_tensors(batch: Batch, index: int) -> None:
+    if not isinstance(batch, Mapping):
+        raise DataError(f"batch {index} is a {type(batch).__name__}; expected a dict of tensors.")
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            continue
+        text = isinstance(value, str) or (
+            isinstance(value, Sequence) and any(isinstance(item, str) for item in value)
+        )
+        fix = (
+            f"Remove the column of texts {name!r} from the data: the model reads what a tokenizer "
+            "makes of it."
+            if text
+            else "Let the tokenizer or processor make tensors, with padding=True and "
+            'return_tensors="pt"; or remove the column, if the model does not read it.'
+        )
+        raise DataError(
+            f"batch {index}: {name!r} is a {type(value).__name__}; expected a tensor. {fix}"
+        )
+
+
 def check_batch(model: PreTrainedModel, batch: Batch, index: int) -> None:
     """Refuse what would crash or poison a pass, before it runs.
 
     Raises:
-        DataError: naming the batch and the row of a label or token id out of range, or an empty
-            batch.
+        DataError: naming the batch and the row of a label or token id out of range, what is no
+            tensor, or an empty batch.
     """
-    if not isinstance(batch, Mapping):
-        raise DataError(f"batch {index} is a {type(batch).__name__}; expected a dict of tensors.")
+    _check_tensors(batch, index)
     inputs = main_input(model, batch)
     if inputs.numel() == 0:
         raise DataError(f"batch {index} is empty: its input has shape {list(inputs.shape)}.")
@@ -83,9 +103,15 @@ def take(
     """The first examples of `batches`, checked: `at_most` of all processes together.
 
     Raises:
+        ConfigError: when no more are asked for than would be too few.
         DataError: on every process, when one has nothing, or all together have less than
             `at_least`; or when something is out of range.
     """
+    if at_most < at_least:
+        raise ConfigError(
+            f"calibration_samples (or reconstruction_samples) asks for {at_most} examples, fewer "
+            f"than min_calibration_samples={at_least}: raise the one, or lower the other."
+        )
     asked, at_most = at_most, share_of_process(at_most)
     taken: list[dict[str, Tensor]] = []
     count = 0

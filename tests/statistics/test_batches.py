@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from hf_prune.errors import DataError
-from hf_prune.statistics.batches import check_batch, example_seed, forward_kwargs, take, token_mask
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.statistics.batches import (
+    check_batch,
+    example_seed,
+    forward_kwargs,
+    take,
+    token_mask,
+)
 
 
 def rows(batches):
@@ -35,6 +41,29 @@ def test_empty(tiny, batches):
 def test_too_few(tiny, inputs_for):
     with pytest.raises(DataError, match="has 4 examples, fewer than min_calibration_samples=8"):
         take(tiny("bert"), [inputs_for("bert")], at_least=8, at_most=512)
+
+
+def test_fewer_are_asked_for_than_would_do(tiny, inputs_for):
+    text = "asks for 4 examples, fewer than min_calibration_samples=8: raise the one"
+    with pytest.raises(ConfigError, match=text):
+        take(tiny("bert"), [inputs_for("bert")] * 10, at_least=8, at_most=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "text"),
+    [
+        ("input_ids", lambda v: v.tolist(), r'is a list; expected a tensor.*return_tensors="pt"'),
+        ("input_ids", lambda v: v.numpy(), "is a ndarray; expected a tensor"),
+        ("text", lambda v: ["a"] * 4, "is a list; expected a tensor. Remove the column of texts"),
+        ("text", lambda v: "a", "is a str; expected a tensor. Remove the column of texts 'text'"),
+        ("length", lambda v: 9, "is a int; expected a tensor"),
+    ],
+)
+def test_what_is_no_tensor(tiny, inputs_for, key, change, text):
+    batch = inputs_for("bert")
+    batch[key] = change(batch["input_ids"])
+    with pytest.raises(DataError, match=rf"batch 2: '{key}' {text}"):
+        check_batch(tiny("bert"), batch, 2)
 
 
 @pytest.mark.parametrize(("label", "row"), [(3, 2), (-1, 0), (99, 3)])
