@@ -21,8 +21,9 @@ from hf_prune.sites import Site, find_sites
 from hf_prune.statistics.batches import (
     Batch,
     check_batch,
-    counted_positions,
     forward_kwargs,
+    labels_of_examples,
+    summed_loss,
     to_device,
 )
 from hf_prune.statistics.collect import collect, sum_over_processes
@@ -113,8 +114,10 @@ def _told(model: PreTrainedModel, batch: Batch, output: Any) -> Tensor:
     The loss is times the labels that it is a mean over. Only classifiers have right answers.
     """
     labels = batch["labels"]
-    count = counted_positions(model, labels).sum().double()
-    total = output.loss.double() * count if count else torch.zeros_like(count)
+    count = labels_of_examples(model, batch).sum().double()
+    total = torch.zeros_like(count)
+    if count:
+        total = summed_loss(model, output.loss.double(), int(count))
     right = judged = torch.zeros_like(count)
     if _classifies(model, labels, output):
         counted = labels != -100

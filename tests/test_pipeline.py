@@ -346,3 +346,31 @@ def test_a_length_that_is_not_named_fits_the_model(inputs_for):
     told = {"stages": [{"stage": "prune", "sparsity": 0.5, "sequence_length": 128}]}
     with pytest.raises(ConfigError, match="more than the 77 positions"):
         compress(model, told, batches)
+
+
+def test_several_choices_of_one_example(tiny):
+    """Each choice is a text of its own, with padding of its own; figures are of one choice."""
+    torch.manual_seed(0)
+    model = transformers.BertForMultipleChoice(tiny("bert").config)
+    batch = {"input_ids": torch.randint(5, 99, (16, 4, 9)), "labels": torch.full((16,), 3)}
+    batch["attention_mask"] = torch.ones(16, 4, 9, dtype=torch.long)
+    batch["attention_mask"][:, 1:, 7:] = 0
+    dense = compress(tiny("bert"), recipe(criterion="magnitude", reconstruct=False), None)
+    for units in (["heads", "neurons"], ["weights"]):
+        result = compress(model, recipe(units=units, min_calibration_samples=1), [batch])
+        assert result.report["pruning"][0]["removed"] > 0
+        assert result.model(**batch).logits.shape == (16, 4)
+    ours, theirs = (r.report["stages"]["dense"]["macs"] for r in (result, dense))
+    assert 0 <= theirs - ours <= 3 * 32  # but for the head, which has one class, not three
+
+
+def test_sound_with_a_mask_of_its_frames(tiny, inputs_for):
+    model, batch = tiny("whisper"), inputs_for("whisper")
+    stage = {"stage": "prune", "sparsity": 0.4, "min_calibration_samples": 1}
+    plain = compress(model, {"stages": [stage]}, [batch])  # no longer than 40 positions
+    assert plain.report["sequence_length"] == 40
+    batch["attention_mask"] = torch.ones(4, 24, dtype=torch.long)
+    assert compress(model, {"stages": [stage]}, [batch]).plan == plain.plan
+    batch["attention_mask"][0, 16:] = 0
+    with pytest.raises(DataError, match="does not say which of them are padding"):
+        compress(model, {"stages": [stage]}, [batch])

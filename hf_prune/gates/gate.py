@@ -37,9 +37,10 @@ def expand_gate(gate: Tensor, width: int) -> Tensor:
 
 def gated(inputs: Tensor, wide: Tensor) -> Tensor:
     """Inputs `[..., U * D]` times a gate of one number for each column, or `[B, 1, U * D]`."""
-    if wide.ndim > inputs.ndim:  # tokens of all examples in one row: [B * T, U * D]
-        by_example = inputs.view(wide.shape[0], -1, inputs.shape[-1])  # [B, T, U * D]
-        return (by_example * wide).flatten(0, 1)
+    if wide.ndim > inputs.ndim or (wide.ndim > 1 and inputs.shape[0] != wide.shape[0]):
+        # tokens of all examples in one row, [B * T, U * D]; or several texts of each example
+        by_example = inputs.reshape(wide.shape[0], -1, inputs.shape[-1])  # [B, T, U * D]
+        return (by_example * wide).view(inputs.shape)
     return inputs * wide
 
 

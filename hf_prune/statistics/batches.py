@@ -42,6 +42,22 @@ def _vocabulary_size(model: PreTrainedModel) -> int | None:
         return None
 
 
+def is_a(model: PreTrainedModel, *endings: str) -> bool:
+    """Whether the class of a model, or one that it is derived from, has a name with such an end."""
+    return any(kind.__name__.endswith(endings) for kind in type(model).__mro__)
+
+
+def _classes(model: PreTrainedModel, batch: Batch) -> int:
+    """How many classes a label is one of."""
+    if is_a(model, "ForMultipleChoice"):
+        return main_input(model, batch).shape[1]  # [B, choices, T]
+    if is_a(model, "ForCTC"):
+        return int(model.config.vocab_size)
+    vocabulary = _vocabulary_size(model)
+    speaks = model.get_output_embeddings() is not None and vocabulary
+    return int((vocabulary if speaks else model.config.num_labels) or 0)
+
+
 def _check_tensors(batch: Batch, index: int) -> None:
     if not isinstance(batch, Mapping):
         raise DataError(f"batch {index} is a {type(batch).__name__}; expected a dict of tensors.")
@@ -78,16 +94,14 @@ def check_batch(model: PreTrainedModel, batch: Batch, index: int) -> None:
     if vocabulary and not inputs.is_floating_point():
         bad = (inputs < 0) | (inputs >= vocabulary)
         if bad.any():
-            row = int(bad.any(dim=1).nonzero()[0])
+            row = int(bad.flatten(1).any(dim=1).nonzero()[0])
             raise DataError(
                 f"batch {index}, row {row}: token id {int(inputs[bad][0])} is outside "
                 f"[0, {vocabulary}). Is the tokenizer the one of this model?"
             )
     labels = batch.get("labels")
     if labels is not None and not labels.is_floating_point():
-        head = model.get_output_embeddings()
-        classes = vocabulary if head is not None and vocabulary else model.config.num_labels
-        _check_labels(labels, int(classes or 0), index)
+        _check_labels(labels, _classes(model, batch), index)
 
 
 def _first(batch: Batch, rows: int, examples: int) -> dict[str, Tensor]:
@@ -174,19 +188,27 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def by_token(values: Tensor, mask: Tensor) -> Tensor:
-    """The rows of real tokens, `[real tokens, N]`, of `[B, T, N]`, or of `[B * T, N]`."""
-    if values.ndim == 2:
-        values = values.unflatten(0, tuple(mask.shape))
+    """The rows of real tokens, `[real tokens, N]`, of `[B, T, N]`, or of `[B * T, N]`.
+
+    With several choices an example, `mask` is `[B, choices * T]`, and values `[B * choices, T, N]`.
+    """
+    if values.shape[:-1] != mask.shape:
+        values = values.reshape(*mask.shape, values.shape[-1])
     rows: Tensor = values.flatten(0, 1) if bool(mask.all()) else values[mask]
     return rows
 
 
 def token_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """True for real tokens, `[B, T]`; all of them where the batch has no attention mask."""
+    """True for real tokens, `[B, T]`; all of them where the batch has no attention mask of them.
+
+    With several choices an example, `[B, choices, T]`. Of a spectrogram, `[B, bins, frames]`, the
+    attention mask is one of frames, of which Whisper reads all, and so it says nothing here.
+    """
     inputs = main_input(model, batch)
     mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    fits = inputs.shape[:2] if inputs.is_floating_point() else inputs.shape
+    if mask is None or mask.shape != fits:
+        return torch.ones(fits, dtype=torch.bool, device=inputs.device)
     return mask.bool()
 
 
@@ -228,6 +250,8 @@ def sequence_mask(model: PreTrainedModel, batch: Batch, module: str, like: Tenso
     parts = module.split(".")
     decoder = bool(model.config.is_encoder_decoder) and "decoder" in parts
     mask = decoder_mask(batch) if decoder else batch.get("attention_mask")
+    if mask is not None and is_a(model, "ForMultipleChoice"):
+        mask = mask.flatten(1)  # [B, choices, T] -> [B, choices * T]
     if mask is not None and mask.shape == (examples, tokens) and "vision_model" not in parts:
         return mask.bool()
     told = mask is not None and not bool(mask.bool().all()) and "vision_model" not in parts
@@ -246,7 +270,7 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
     Masked language models and those with encoder and decoder predict the label at `t` itself.
     """
     speaks = model.get_output_embeddings() is not None
-    masked = type(model).__name__.endswith("ForMaskedLM")
+    masked = is_a(model, "ForMaskedLM", "ForPreTraining", "ForCTC")
     return speaks and not masked and not getattr(model.config, "is_encoder_decoder", False)
 
 
@@ -259,6 +283,39 @@ def counted_positions(model: PreTrainedModel, labels: Tensor) -> Tensor:
     if is_causal_lm(model) and labels.ndim == 2:
         counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
     return counted
+
+
+def labels_of_examples(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Of how many labels the loss of each example is a mean, `[B]`.
+
+    That of an answer in a text is of one, its span; that of a CTC model of one, its transcript.
+
+    Raises:
+        ConfigError: for a model whose loss adds up means over different things.
+    """
+    if is_a(model, "ForPreTraining") and model.get_output_embeddings() is not None:
+        raise ConfigError(
+            f"the loss of {type(model).__name__} adds a mean over tokens to one over examples, so "
+            "that it depends on how examples are batched. Load the model as ForMaskedLM; or use a "
+            "criterion without labels such as 'kfac_obs', and batches without them."
+        )
+    inputs = main_input(model, batch)
+    examples = inputs.shape[0]
+    if "labels" not in batch or is_a(model, "ForCTC"):
+        return torch.ones(examples, dtype=torch.int64, device=inputs.device)
+    return counted_positions(model, batch["labels"]).view(examples, -1).sum(dim=1)
+
+
+def summed_loss(model: PreTrainedModel, loss: Tensor, count: int) -> Tensor:
+    """The loss of a batch times the labels that it is a mean over; of CTC it may be a sum already.
+
+    Args:
+        model: that gave the loss.
+        loss: of a batch.
+        count: of labels.
+    """
+    summed = is_a(model, "ForCTC") and model.config.ctc_loss_reduction == "sum"
+    return loss if summed else loss * count
 
 
 def forward_kwargs(model: PreTrainedModel, batch: Batch, *, labels: bool) -> dict[str, Any]:

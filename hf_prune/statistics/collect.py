@@ -17,11 +17,12 @@ from hf_prune.sites import EXPERT_KINDS, Site, base_model, get_parameter
 from hf_prune.statistics.batches import (
     Batch,
     by_token,
-    counted_positions,
     forward_kwargs,
+    labels_of_examples,
     main_input,
     one_by_one,
     sequence_mask,
+    summed_loss,
     to_device,
 )
 from hf_prune.statistics.calls import Calls
@@ -163,11 +164,8 @@ class _Pass:
     def _targets(self, batch: Batch, output: Any) -> Iterator[tuple[str, Tensor]]:
         """What is differentiated: the loss, then random projections of the logits, then draws."""
         if self.loss:
-            if "labels" in batch:
-                counted = int(counted_positions(self.model, batch["labels"]).sum())
-            else:
-                counted = main_input(self.model, batch).shape[0]  # spans, one an example
-            yield "loss", output.loss * counted  # the loss is a mean: undo it
+            counted = int(labels_of_examples(self.model, batch).sum())
+            yield "loss", summed_loss(self.model, output.loss, counted)  # it is a mean: undo it
         for kind in self.drawn:
             for turn in range(self.projections):
                 seed, sampled = self.seed + turn * SEED_STEP, kind == "sample"
@@ -191,9 +189,8 @@ class _Pass:
         outputs = [t for site in self.sites for t in self.seen.outputs.get(site.name, ())]
         inner = [*leaves, *outputs, *self.fused.values()]
         per_example = torch.ones(examples, device=self.model.device)
-        if self.loss and "labels" in batch:  # each example has a mean of its own
-            counted = counted_positions(self.model, batch["labels"]).view(examples, -1)
-            per_example = counted.sum(dim=1).clamp(min=1)  # [B]
+        if self.loss:  # each example has a mean of its own
+            per_example = labels_of_examples(self.model, batch).clamp(min=1)  # [B]
         last = self.loss + len(self.drawn) * self.projections - 1
         for turn, (kind, target) in enumerate(self._targets(batch, output)):
             found = torch.autograd.grad(target, inner, retain_graph=turn < last, allow_unused=True)

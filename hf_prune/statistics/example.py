@@ -5,6 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError
+from hf_prune.statistics.batches import is_a
 
 
 def _samples(model: PreTrainedModel, tokens: int) -> int:
@@ -24,7 +25,9 @@ def _picture(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
 
 def tokens_up_to(model: PreTrainedModel, sequence_length: int) -> int:
     """So many tokens, or as many as a table of positions has; rotary ones have no table."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    most = getattr(config, "max_target_positions", None) if most is None else most  # Whisper
     if most is None or sequence_length <= most:
         return sequence_length
     tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
@@ -55,7 +58,8 @@ def example_batch(
 ) -> dict[str, torch.Tensor]:
     """Inputs for measuring, on the model's device: `[B, T]` token ids, all of them real tokens.
 
-    Encoder-decoders get as many for the decoder. Images, and sound for Whisper, have the one size
+    Encoder-decoders get as many for the decoder, models of multiple choice one choice,
+    `[B, 1, T]`. Images, and sound for Whisper, have the one size
     that their model takes, whatever the length.
 
     Raises:
@@ -81,4 +85,6 @@ def example_batch(
             inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
+    if is_a(model, "ForMultipleChoice"):
+        inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}  # [B, 1, T]
     return {name: value.to(model.device) for name, value in inputs.items()}

@@ -65,7 +65,9 @@ def _loss(model: nn.Module, batch: Inputs) -> Tensor:
     if "labels" not in batch:
         raise DataError("criterion 'sensitivity' needs labels in every batch.")
     loss = model(**forward_kwargs(model, to_device(batch, model.device), labels=True)).loss
-    assert isinstance(loss, Tensor)  # noqa: S101  # labels were given
+    if loss is None:
+        raise DataError(f"{type(model).__name__} gave no loss: pass all the labels that it needs.")
+    assert isinstance(loss, Tensor)  # noqa: S101  # what a model gives
     return loss
 
 

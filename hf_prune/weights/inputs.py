@@ -164,7 +164,7 @@ def main_tensor(module: nn.Module, call: Call) -> Tensor:
 
 def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
     """`[..., C]` as `[rows, C]`, without padding where `value` is `[B, T, C]` or `[B * T, C]`."""
-    if mask is not None and value.shape[:-1] in (mask.shape, (mask.numel(),)):
+    if mask is not None and value.shape[:-1].numel() == mask.numel():
         return by_token(value, mask.to(value.device))
     return value.reshape(-1, value.shape[-1])
 

@@ -141,7 +141,8 @@ def real_tokens(model: nn.Module, batches: Sequence[Inputs]) -> list[Real]:
         if not isinstance(batch, Mapping):
             result.append(Real())
         elif not both:
-            result.append(Real(token_mask(model, batch)))
+            # [B, choices, T] -> [B * choices, T]
+            result.append(Real(token_mask(model, batch).flatten(0, -2)))
         else:
             cross = _readers_of_encoder(model, batch) if cross is None else cross
             result.append(Real(token_mask(model, batch), decoder_mask(batch), cross))

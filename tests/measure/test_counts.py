@@ -125,6 +125,8 @@ def test_more_tokens_than_positions_are_refused(tiny):
     ):
         example_batch(tiny("bert"), 1, most + 1)
     assert example_batch(tiny("bert"), 1, most)["input_ids"].shape == (1, most)
+    with pytest.raises(ConfigError, match="sequence_length=41 is more than the 40 positions"):
+        example_batch(tiny("whisper"), 1, 41)
     rotary = tiny("llama")
     length = rotary.config.max_position_embeddings + 1
     assert example_batch(rotary, 1, length)["input_ids"].shape == (1, length)

@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+import transformers as hf
+from tinies import TINY
 
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.statistics.batches import (
+    by_token,
     check_batch,
     example_seed,
     forward_kwargs,
+    is_causal_lm,
+    sequence_mask,
     take,
     token_mask,
 )
@@ -66,6 +71,36 @@ def test_what_is_no_tensor(tiny, inputs_for, key, change, text):
         check_batch(tiny("bert"), batch, 2)
 
 
+def test_label_of_a_transcript_is_a_token(inputs_for):
+    config = TINY["wav2vec2"]()
+    model, batch = hf.Wav2Vec2ForCTC(config), inputs_for("wav2vec2")
+    batch["labels"] = torch.full((4, 5), 71)
+    check_batch(model, batch, 0)
+    batch["labels"][1, 2] = 99
+    with pytest.raises(DataError, match=r"batch 5, row 1: label 99 is outside \[0, 99\)"):
+        check_batch(model, batch, 5)
+
+
+def test_label_of_several_choices_is_one_of_them():
+    model = hf.BertForMultipleChoice(TINY["bert"]())
+    batch = {"input_ids": torch.full((2, 4, 9), 7), "labels": torch.tensor([3, 0])}
+    check_batch(model, batch, 0)
+    batch["labels"][1] = 4
+    with pytest.raises(DataError, match=r"batch 0, row 1: label 4 is outside \[0, 4\)"):
+        check_batch(model, batch, 0)
+    batch["input_ids"][1, 2, 3] = 99
+    with pytest.raises(DataError, match=r"batch 0, row 1: token id 99 is outside \[0, 99\)"):
+        check_batch(model, batch, 0)
+
+
+def test_who_predicts_the_next_token(tiny):
+    assert is_causal_lm(tiny("gpt2"))
+    bert = TINY["bert"]()
+    for auto in (hf.BertForMaskedLM, hf.BertForPreTraining, hf.BertForSequenceClassification):
+        assert not is_causal_lm(auto(bert))
+    assert not is_causal_lm(tiny("t5"))
+
+
 @pytest.mark.parametrize(("label", "row"), [(3, 2), (-1, 0), (99, 3)])
 def test_label_out_of_range(tiny, inputs_for, label, row):
     good, bad = inputs_for("bert"), inputs_for("bert")
@@ -122,6 +157,23 @@ def test_token_mask(tiny, inputs_for):
     assert mask.dtype == torch.bool
     assert mask.sum(dim=1).tolist() == [9, 6, 4, 7]
     assert token_mask(model, {"input_ids": batch["input_ids"]}).all()
+
+
+def test_token_mask_of_several_choices():
+    model = hf.BertForMultipleChoice(TINY["bert"]())
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]])
+    batch = {"input_ids": torch.full((2, 2, 3), 7), "attention_mask": mask}
+    assert torch.equal(token_mask(model, batch), mask.bool())
+    seen = torch.arange(12.0).view(4, 3, 1)  # [B * choices, T, E]
+    rows = by_token(seen, sequence_mask(model, batch, "encoder.layer.0", seen))
+    assert torch.equal(rows, seen[mask.view(4, 3).bool()])
+
+
+def test_a_mask_of_frames_is_not_one_of_bins(tiny, inputs_for):
+    model, batch = tiny("whisper"), inputs_for("whisper")
+    plain = token_mask(model, batch)
+    batch["attention_mask"] = torch.ones(4, 24, dtype=torch.long)
+    assert torch.equal(token_mask(model, batch), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -5,7 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tinies import CORE, TINY
-from transformers import BertForQuestionAnswering
+from transformers import (
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    Wav2Vec2ForCTC,
+)
 
 from hf_prune.criteria import STATISTICS, needs
 from hf_prune.errors import ConfigError, DataError, NumericsError
@@ -227,6 +232,55 @@ def test_the_split_into_batches_does_not_matter(name, statistic, tiny, inputs_fo
             ours, theirs = whole[site.name][statistic], other[site.name][statistic]
             atol = max(1e-6, 1e-5 * float(ours.abs().max()))
             torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-3, msg=site.name)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_loss_of_transcripts_is_that_of_each_example(inputs_for, reduction):
+    """CTC takes no mean over labels: a sum over examples, or their mean by length."""
+    config = TINY["wav2vec2"]()
+    config.ctc_loss_reduction, config.pad_token_id = reduction, 0
+    torch.manual_seed(0)
+    model, batch = Wav2Vec2ForCTC(config).eval(), inputs_for("wav2vec2")
+    batch["labels"] = torch.tensor([[5, 7, 9]] * 2 + [[5, -100, -100]] * 2)
+    sites, names = find_sites(model), ["gate_grad", "weight_grad_square", "label_hessian"]
+    whole = collect(model, sites, [batch], names)
+    other = collect(model, sites, split(batch, (1, 1, 1, 1)), names)
+    for site in sites:
+        for name in names:
+            ours, theirs = whole[site.name][name], other[site.name][name]
+            atol = 1e-4 * float(theirs.abs().max())
+            torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-3, msg=name)
+
+
+def test_a_loss_of_two_means_is_refused(inputs_for):
+    model, batch = BertForPreTraining(TINY["bert"]()), inputs_for("bert")
+    batch["next_sentence_label"] = batch["labels"] % 2
+    batch["labels"] = batch["input_ids"]
+    sites = find_sites(model)
+    with pytest.raises(ConfigError, match="BertForPreTraining adds a mean over tokens to one over"):
+        collect(model, sites, [batch], ["gate_grad"])
+    found = collect(model, sites, [batch], ["projected_fisher"])
+    assert all(each["projected_fisher"].sum() > 0 for each in found.values())
+
+
+def test_padding_of_several_choices_does_not_matter():
+    torch.manual_seed(0)
+    model = BertForMultipleChoice(TINY["bert"]()).eval()
+    ids, mask = torch.randint(5, 99, (4, 3, 9)), torch.ones(4, 3, 9, dtype=torch.long)
+    mask[:, :, 6:] = 0
+    mask[:, 1, 4:] = 0
+    whole = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2, 1, 1])}
+    less = {k: v[..., :6] if v.ndim == 3 else v for k, v in whole.items()}
+    less["input_ids"] = less["input_ids"].masked_fill(less["attention_mask"] == 0, 0)
+    sites = find_sites(model)
+    names = ["gate_grad", "label_hessian", "hessian", "input_gram", "projected_fisher"]
+    one, two = collect(model, sites, [whole], names), collect(model, sites, [less], names)
+    for site in sites:
+        for name in names:
+            assert two[site.name][name].abs().max() > 0
+            torch.testing.assert_close(
+                one[site.name][name], two[site.name][name], atol=1e-8, rtol=1e-3, msg=name
+            )
 
 
 @families

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from transformers import BertForMultipleChoice, BertForPreTraining
 
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.recipe import Prune, count_to_remove
 from hf_prune.weights.budgets import BUDGETS, OUTLIER_RANGE, allot
 from hf_prune.weights.find import find_matrices, find_weights
 from hf_prune.weights.gradients import gradient_scores
+from hf_prune.weights.inputs import real_rows
 from hf_prune.weights.masks import magnitude_masks
 from hf_prune.weights.patterns import Pattern, parse_pattern
 from hf_prune.weights.problem import CRITERIA, Options, data_free_scores
@@ -170,11 +172,28 @@ def test_gradient_scores_ask_for_labels(tiny, inputs_for):
     assert model.training, "what is refused leaves the model as it was"
 
 
+def test_gradient_scores_need_all_labels_of_a_loss(tiny, inputs_for):
+    model, batch = BertForPreTraining(tiny("bert").config), inputs_for("bert")
+    batch["labels"] = batch["input_ids"]
+    with pytest.raises(DataError, match="BertForPreTraining gave no loss: pass all the labels"):
+        gradient_scores(model, find_matrices(model), [batch], "sensitivity")
+
+
 def test_which_tokens_count(tiny, inputs_for):
     batch = inputs_for("bert")
     (real,) = real_tokens(tiny("bert"), [batch])
     assert torch.equal(real.of("bert.pooler.dense"), batch["attention_mask"].bool())
     assert real_tokens(nn.Linear(3, 3), [torch.randn(4, 3)])[0].of("") is None
+
+
+def test_which_tokens_of_several_choices_count(tiny):
+    model = BertForMultipleChoice(tiny("bert").config)
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]])
+    batch = {"input_ids": torch.full((2, 2, 3), 7), "attention_mask": mask}
+    (real,) = real_tokens(model, [batch])
+    seen = torch.arange(12.0).view(4, 3, 1)  # [B * choices, T, E]
+    for told in (real.of(""), real.of("").view(2, 6)):
+        assert torch.equal(real_rows(seen, told), seen[mask.view(4, 3).bool()])
 
 
 @pytest.mark.parametrize(
