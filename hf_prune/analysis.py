@@ -47,7 +47,7 @@ class Sensitivity:
         fractions: shares of the units of one site that were asked for.
         curves: by site, at each fraction: `masked` (the units that were masked, the nearest whole
             number of them), `kl` (mean KL divergence from the dense model, in nats per example or
-            token, of answers in a text per start and end: see `divergence` for flags and numbers),
+            token, of answers in a text per start and end: see `divergence_over` for others),
             `logit_error` (mean squared change of the logits, less their mean over the classes, or
             tokens, that a softmax runs over) and, where batches have labels, `loss`, the mean over
             all labels that count: examples, or tokens. All are over the batches of all processes.

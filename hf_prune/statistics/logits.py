@@ -143,29 +143,40 @@ def said(model: PreTrainedModel, batch: Batch, output: Any) -> Said:
 
 
 def _pair(values: Tensor) -> Tensor:
-    """Log-probabilities of a flag and of its contrary, `[n, C, 2]`."""
+    """Log-probabilities of flags and of their contraries, `[..., C, 2]`."""
     return F.logsigmoid(torch.stack([values, -values], dim=-1))
 
 
-def divergence(wanted: Said, other: Said) -> Tensor:
-    """KL divergence of what `other` says from what is `wanted`, in nats, `[n]`.
+def divergence_over(kind: str, wanted: Tensor, other: Tensor) -> Tensor:
+    """KL divergence of what logits say from what is wanted, in nats: `[..., C]` to `[...]`.
 
-    Of classes, and of tokens in which an answer begins or ends, by a softmax; of flags by sigmoids,
-    their sum; of numbers by normal distributions of variance 1: half the squared difference.
+    By a softmax over the last axis; of flags by sigmoids, their sum; of numbers by normal
+    distributions of variance 1: half the squared difference, its sum.
+
+    Args:
+        kind: from `kind_of`.
+        wanted: logits to come near to.
+        other: logits of another model.
+    """
+    if kind == "numbers":
+        return (other - wanted).square().sum(dim=-1) / 2
+    if kind == "flags":
+        theirs, ours = _pair(wanted).flatten(-2), _pair(other).flatten(-2)
+    else:
+        theirs, ours = (torch.log_softmax(each, dim=-1) for each in (wanted, other))
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1)
+
+
+def divergence(wanted: Said, other: Said) -> Tensor:
+    """The same of each example or token, `[n]`, or of each start and end of an answer.
 
     Args:
         wanted: from the model to come near to.
         other: of the same batch, from another model.
     """
-    if wanted.kind == "numbers":
-        return (other.values - wanted.values).square().sum(dim=-1) / 2
-    if wanted.kind == "flags":
-        theirs, ours = _pair(wanted.values), _pair(other.values)
-        return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=(-1, -2))
-    values = [wanted.values, other.values]
-    if wanted.real is not None:
-        values = [each.masked_fill(~wanted.real, -torch.inf) for each in values]
-    theirs, ours = (torch.log_softmax(each, dim=-1) for each in values)
-    if wanted.real is not None:
-        theirs, ours = (each.masked_fill(~wanted.real, 0.0) for each in (theirs, ours))
+    if wanted.real is None:
+        return divergence_over(wanted.kind, wanted.values, other.values)
+    padding = ~wanted.real
+    both = (each.values.masked_fill(padding, -torch.inf) for each in (wanted, other))
+    theirs, ours = (torch.log_softmax(each, dim=-1).masked_fill(padding, 0.0) for each in both)
     return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1)

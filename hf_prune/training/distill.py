@@ -22,6 +22,7 @@ from hf_prune.statistics.batches import (
     token_mask,
 )
 from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.statistics.logits import kind_of
 from hf_prune.training.losses import distillation_loss
 from hf_prune.training.projection import Projections
 from hf_prune.training.sharded import refuse_sharded
@@ -274,7 +275,10 @@ class DistillCallback(TrainerCallback):
         terms = {}
         stage = self.stage
         if self.weights["logits"]:
-            terms["logits"] = distillation_loss(logits, teacher, stage.temperature, counted, items)
+            kind = kind_of(module, output)
+            terms["logits"] = distillation_loss(
+                logits, teacher, stage.temperature, counted, items, kind
+            )
         if self.inner is not None:
             share = 1.0 if items is None or counted is None else counted.sum() / items
             mask = real_tokens(kwargs, self._like())

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_prune.statistics.logits import divergence_over
+
 
 def distillation_loss(
     student: Tensor,
@@ -11,11 +13,12 @@ def distillation_loss(
     temperature: float,
     counted: Tensor | None = None,
     items: Tensor | float | None = None,
+    kind: str = "classes",
 ) -> Tensor:
     """How far the student's distribution is from the teacher's.
 
     `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, mean over examples (over counted
-    tokens).
+    tokens). Of flags by sigmoids; of numbers half the squared difference, whatever `T` is.
 
     Args:
         student: logits, `[B, C]` or `[B, T, C]`.
@@ -24,15 +27,15 @@ def distillation_loss(
         counted: `[B, T]`, True where a token counts; for logits `[B, T, C]`.
         items: what the sum is divided by instead of the number of counted tokens: those of a whole
             accumulated batch, so that tokens weigh alike whatever piece of it they lie in.
+        kind: what the logits are of, from `kind_of`.
 
     Returns:
         A scalar, in nats.
 
     Source: Hinton et al. 2015, arXiv:1503.02531.
     """
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
+    wanted, ours = teacher.float() / temperature, student.float() / temperature
+    divergence = divergence_over(kind, wanted, ours)
     if counted is not None:
         divergence = divergence[counted]
     total = divergence.sum()

@@ -91,6 +91,25 @@ def test_a_pruned_student_comes_closer_in_every_term(
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_numbers_and_flags_are_taught(tiny, inputs_for, tmp_path, problem):
+    """A softmax over one number, or over flags, would not tell how far they are."""
+    config = copy.deepcopy(tiny("bert").config)
+    config.num_labels, config.problem_type = (1 if problem == "regression" else 3), problem
+    torch.manual_seed(0)
+    teacher = BertForSequenceClassification(config)
+    student = still(copy.deepcopy(teacher))
+    with torch.no_grad():
+        student.classifier.bias += 2.0  # to all alike
+    callback = DistillCallback(teacher, alpha=1.0)
+    data = rows("bert", inputs_for).remove_columns("labels")
+    job = trainer(student, data, tmp_path, callback, max_steps=24, learning_rate=0.02)
+    job.train()
+    logs = [entry["distill/logits"] for entry in job.state.log_history if "distill/logits" in entry]
+    assert logs[0] > 0.1
+    assert logs[-1] < 0.5 * logs[0]
+
+
 def test_a_student_of_other_depth_and_width(tiny, inputs_for, tmp_path):
     student = still(small())
     names = set(student.state_dict())

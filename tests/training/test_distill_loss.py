@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.distributions import Bernoulli, kl_divergence
 
 from hf_prune.errors import ConfigError
 from hf_prune.training.distill import DistillCallback
@@ -151,3 +152,17 @@ def test_decoder_counts_the_positions_that_predict_a_label(tiny, inputs_for):
     callback.on_train_begin(None, None, None, model=student)
     found = student.train()(**batch).loss
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_flags_and_numbers_are_no_classes(temperature):
+    student, teacher = pair(5, 3)
+    wanted, ours = (Bernoulli(logits=z / temperature) for z in (teacher, student))
+    flags = kl_divergence(wanted, ours).sum(dim=-1).mean() * temperature**2
+    found = distillation_loss(student, teacher, temperature, kind="flags")
+    torch.testing.assert_close(found, flags, atol=1e-5, rtol=1e-4)
+    numbers = (student - teacher).square().sum(dim=-1).mean() / 2
+    found = distillation_loss(student, teacher, temperature, kind="numbers")
+    torch.testing.assert_close(found, numbers)
+    one = distillation_loss(student[:, :1], teacher[:, :1], temperature, kind="numbers")
+    assert one > 0, "a softmax of one number would say nothing"
