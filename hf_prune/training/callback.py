@@ -36,7 +36,7 @@ from hf_prune.training.state import (
     write_state,
 )
 from hf_prune.training.structure import StructuredPruning
-from hf_prune.training.zeros import WeightPruning
+from hf_prune.training.zeros import WeightPruning, mask_gradients_, mask_states_
 from hf_prune.weights.masks import count_kept
 
 logger = logging.getLogger(__name__)
@@ -211,6 +211,7 @@ class PruneCallback(TrainerCallback):
         """Read the gradients while they are there, as long as something is left to decide."""
         if self.deciding:
             self.pruning.observe()
+        mask_gradients_(kwargs.get("optimizer"), kwargs["model"], self.masks)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold what is masked."""
@@ -268,6 +269,7 @@ class PruneCallback(TrainerCallback):
 
     def _decide(self, fraction: float, state: Any, kwargs: Mapping[str, Any]) -> None:
         self.pruning.decide(fraction)
+        mask_states_(kwargs.get("optimizer"), kwargs["model"], self.masks)
         self.reached = fraction
         logger.info("%.4f of what is asked, kept %s", fraction, self.pruning.kept())
         if fraction < 1:

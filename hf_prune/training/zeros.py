@@ -191,6 +191,45 @@ class WeightPruning:
         return {"weights": sum(count_kept(self.masks).values())}
 
 
+def _swapping(optimizer: Any) -> Any:
+    """The optimizer, if it writes weights between steps too; else None.
+
+    Between steps a Trainer lets only `eval()` and `train()` of an optimizer touch the weights:
+    schedule-free ones then compute them from weights of their own.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    return inner if callable(getattr(inner, "eval", None)) else None
+
+
+@torch.no_grad()
+def mask_gradients_(optimizer: Any, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Before a step: weights that an optimizer keeps for itself do not move where masks are False.
+
+    Optimizers without such weights are left alone: theirs are masked after the step.
+    """
+    if not masks or _swapping(optimizer) is None:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in masks.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            gradient.masked_fill_(~mask.to(gradient.device), 0)
+
+
+@torch.no_grad()
+def mask_states_(optimizer: Any, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Where masks have changed: write zeros into the weights that an optimizer keeps for itself."""
+    inner = _swapping(optimizer)
+    if not masks or inner is None:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in masks.items():
+        for value in inner.state.get(parameters[name], {}).values():
+            own = isinstance(value, Tensor) and value.is_floating_point()
+            if own and value.shape == mask.shape:
+                value.masked_fill_(~mask.to(value.device), 0)
+
+
 class KeepZeros(TrainerCallback):
     """Keeps single weights at exactly zero while any Trainer trains, whatever its optimizer.
 
@@ -209,6 +248,11 @@ class KeepZeros(TrainerCallback):
         """
         refuse_sharded(args, "KeepZeros")
         apply_masks_(kwargs["model"], self.masks)
+        mask_states_(kwargs.get("optimizer"), kwargs["model"], self.masks)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep them in the weights that the optimizer has for itself."""
+        mask_gradients_(kwargs.get("optimizer"), kwargs["model"], self.masks)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write them again."""
@@ -221,7 +265,7 @@ def merge_adapter(model: Any, masks: Mapping[str, Tensor] | None = None) -> nn.M
     Args:
         model: a `PeftModel` whose adapter can be merged, such as LoRA.
         masks: by parameter name of the base model; if not given, every exact zero of the matrices
-            that the adapter changes stays zero.
+            that the adapter changes, or trains as a whole (`modules_to_save`), stays zero.
 
     Returns:
         The base model, its adapter merged.
@@ -236,9 +280,9 @@ def merge_adapter(model: Any, masks: Mapping[str, Tensor] | None = None) -> nn.M
         found = dict(masks)
     else:
         found = {
-            name.replace("base_layer.", ""): parameter.detach() != 0
-            for name, parameter in model.get_base_model().named_parameters()
-            if "base_layer." in name and parameter.ndim > 1
+            name.replace("base_layer.", "").replace("original_module.", ""): value.detach() != 0
+            for name, value in model.get_base_model().named_parameters()
+            if ("base_layer." in name or "original_module." in name) and value.ndim > 1
         }
     merged = merge()
     assert isinstance(merged, nn.Module)  # noqa: S101  # what PEFT gives back

@@ -22,7 +22,7 @@ def rows(count=32):
     return Dataset.from_dict({"input_ids": ids, "labels": [index % 3 for index in range(count)]})
 
 
-def train(model, folder, *callbacks, **options):
+def train(model, folder, *callbacks, optimizers=(None, None), **options):
     told = {"max_steps": 6, "save_strategy": "no", **options}
     arguments = TrainingArguments(
         folder,
@@ -35,7 +35,12 @@ def train(model, folder, *callbacks, **options):
         **told,
     )
     trainer = Trainer(
-        model, arguments, train_dataset=rows(), eval_dataset=rows(), callbacks=list(callbacks)
+        model,
+        arguments,
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        callbacks=list(callbacks),
+        optimizers=optimizers,
     )
     trainer.train()
     return trainer
@@ -69,6 +74,79 @@ def test_whatever_trains(options, tiny, tmp_path):
     train(model, tmp_path, KeepZeros(masks), **options)
     assert_zero(dict(model.named_parameters()), masks)
     assert not torch.equal(before, model.classifier.weight), "it did train"
+
+
+class Averaging(torch.optim.Optimizer):
+    """Schedule-free SGD: gradients are taken at `y`, the model is read at `x`.
+
+    Only a third sequence `z` is kept, from which `eval()` and `train()` compute one from the other.
+    """
+
+    def __init__(self, params, lr=0.1, beta=0.9):
+        super().__init__(params, {"lr": lr, "training": False, "steps": 0})
+        self.beta = beta
+
+    def _move(self, training, weight):
+        for group in self.param_groups:
+            for p in group["params"] if group["training"] != training else ():
+                if "z" in self.state[p]:
+                    p.data.lerp_(self.state[p]["z"], weight)
+            group["training"] = training
+
+    def train(self):
+        self._move(True, 1 - self.beta)
+
+    def eval(self):
+        self._move(False, 1 - 1 / self.beta)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["training"]
+            share = 1 / (group["steps"] + 1)
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z, share)
+                p.sub_(p.grad, alpha=group["lr"] * (1 - self.beta * (1 - share)))
+                z.sub_(p.grad, alpha=group["lr"])
+            group["steps"] += 1
+
+
+def train_averaging(model, folder, callback):
+    optimizer = Averaging(model.parameters())
+    return train(
+        model,
+        folder,
+        callback,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        optimizers=(optimizer, None),
+    )
+
+
+def test_an_optimizer_with_weights_of_its_own(tiny, tmp_path):
+    model = tiny("bert")
+    masks = magnitude_masks(find_weights(model), 0.6)
+    before = model.classifier.weight.detach().clone()
+    trainer = train_averaging(model, tmp_path, KeepZeros(masks))
+    for file in sorted(tmp_path.glob("checkpoint-*/model.safetensors")):
+        assert_zero(load_file(file), masks)
+    assert_zero(dict(model.named_parameters()), masks)
+    trainer.optimizer.optimizer.train()
+    assert_zero(dict(model.named_parameters()), masks)
+    assert not torch.equal(before, model.classifier.weight), "it did train"
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "movement"])
+def test_masks_that_tighten_reach_the_weights_of_the_optimizer(criterion, tiny, tmp_path):
+    """At the last evaluation and in the last checkpoint, after masks have closed twice."""
+    model = tiny("bert")
+    callback = PruneCallback(recipe(criterion=criterion))
+    train_averaging(model, tmp_path, callback)
+    assert_zero(load_file(tmp_path / "checkpoint-6" / "model.safetensors"), callback.masks)
+    assert_zero(dict(model.named_parameters()), callback.masks)
 
 
 def test_half_precision_weights(tiny, tmp_path):
@@ -271,6 +349,22 @@ def test_a_merged_adapter_keeps_the_zeros(given, tiny, inputs_for, logits):
     assert not torch.allclose(changed, sparse, atol=1e-3), "the update is in"
     with pytest.raises(ConfigError, match="has no adapter to merge"):
         merge_adapter(nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_a_merged_adapter_keeps_the_zeros_of_modules_that_it_trains_whole(tiny):
+    model = tiny("bert")
+    masks = magnitude_masks(find_weights(model), 0.6)
+    apply_masks_(model, masks)
+    told = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    tuned = get_peft_model(model, told)
+    before = model.state_dict()["classifier.original_module.weight"].clone()
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data.normal_(0, 0.3)
+    merged = merge_adapter(tuned)
+    assert_zero(dict(merged.named_parameters()), masks)
+    assert not torch.allclose(before, merged.classifier.weight), "what it trained is in"
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
