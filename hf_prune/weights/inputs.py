@@ -20,6 +20,9 @@ from hf_prune.statistics.batches import by_token
 from hf_prune.statistics.streams import Call, Enough, first_tensor
 from hf_prune.weights.find import Matrix
 
+ROUTING = ("top_k_index", "router_indices")
+"""Names under which packed experts are told which experts each token goes to, `[tokens, k]`."""
+
 
 @dataclass
 class Trace:
@@ -253,6 +256,54 @@ def _cell(module: nn.RNNCellBase, call: Call, key: str) -> Tensor:
     return before
 
 
+def _not_followed(matrix: Matrix, module: nn.Module) -> str | None:
+    """Why the inputs of packed experts cannot be told from what their module is called with."""
+    takes = inspect.signature(module.forward).parameters
+    if "hidden_states" not in takes or not any(name in takes for name in ROUTING):
+        return f"its forward takes {', '.join(takes)}, and none of {', '.join(ROUTING)}"
+    if not matrix.name.endswith("down_proj"):
+        return None
+    if not isinstance(getattr(module, "gate_up_proj", None), Tensor):
+        return "it has no gate_up_proj, which gives what down_proj reads"
+    if not any(callable(getattr(module, name, None)) for name in ("_apply_gate", "act_fn")):
+        return "it has neither _apply_gate nor act_fn, one of which gives what down_proj reads"
+    return None
+
+
+def check_followed(model: nn.Module, matrices: Sequence[Matrix]) -> None:
+    """Refuse packed experts whose inputs cannot be told, before anything is changed.
+
+    Raises:
+        UnsupportedModelError: naming the parameter, and why.
+    """
+    for matrix in matrices:
+        if matrix.kind != "experts":
+            continue
+        module = model.get_submodule(matrix.module)
+        why = _not_followed(matrix, module)
+        if why is not None:
+            raise UnsupportedModelError(
+                f"{matrix.name}: the inputs of the experts of {type(module).__name__} are not "
+                f"known: {why}. Leave them out with ignore, or prune without calibration: "
+                "criterion: magnitude, reconstruct: false, weights: {dense_target: false}."
+            )
+
+
+def _gated(module: nn.Module, hidden: Tensor, expert: int) -> Tensor:
+    """What the `down_proj` of an expert reads, from `[tokens, E]` to `[tokens, F]`."""
+    packed, bias = module.gate_up_proj, getattr(module, "gate_up_proj_bias", None)
+    assert isinstance(packed, Tensor)  # noqa: S101  # as `check_followed` has seen
+    weight = packed[expert].T if getattr(module, "is_transposed", False) else packed[expert]
+    both = linear(hidden, weight, None if bias is None else bias[expert])  # [tokens, 2 * F]
+    gating: Any = getattr(module, "_apply_gate", None)
+    if gating is not None:
+        gated: Tensor = gating(both)
+        return gated
+    gate, up = both.chunk(2, dim=-1)
+    product: Tensor = module.act_fn(gate) * up  # type: ignore[operator]  # an activation
+    return product
+
+
 def _routed(
     matrix: Matrix, module: nn.Module, call: Call, tokens: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -261,23 +312,14 @@ def _routed(
     hidden = bound["hidden_states"].reshape(-1, bound["hidden_states"].shape[-1])
     if not matrix.name.endswith("down_proj"):
         return [hidden[index] for index in tokens]
-    result = []
-    packed = getattr(module, "gate_up_proj", None)
-    for expert, index in enumerate(tokens):
-        if not isinstance(packed, Tensor) or getattr(module, "is_transposed", False):
-            raise UnsupportedModelError(
-                f"the experts of {type(module).__name__} are packed in a way that is not followed "
-                "yet: use criterion: magnitude with reconstruct: false, or ignore them."
-            )
-        gate, up = linear(hidden[index], packed[expert]).chunk(2, dim=-1)
-        result.append(module.act_fn(gate) * up)  # type: ignore[operator]  # an activation
-    return result
+    return [_gated(module, hidden[index], expert) for expert, index in enumerate(tokens)]
 
 
 def _tokens(matrix: Matrix, module: nn.Module, call: Call, mask: Tensor | None) -> list[Tensor]:
     """Which real tokens each expert gets."""
     bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
-    index = bound["top_k_index"].reshape(-1, bound["top_k_index"].shape[-1])  # [tokens, k]
+    index = next(bound[name] for name in ROUTING if name in bound)
+    index = index.reshape(-1, index.shape[-1])  # [tokens, k]
     real = torch.ones(index.shape[0], dtype=torch.bool, device=index.device)
     if mask is not None and mask.numel() == index.shape[0]:
         real = mask.flatten().to(index.device)

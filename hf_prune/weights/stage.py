@@ -16,11 +16,15 @@ from hf_prune.recipe import Prune, did_you_mean, explain
 from hf_prune.weights.budgets import BUDGETS, allot
 from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
+from hf_prune.weights.inputs import check_followed
 from hf_prune.weights.patterns import Pattern, parse_pattern
 from hf_prune.weights.problem import CRITERIA, DATA_FREE, GRADIENTS, Options
 from hf_prune.weights.progress import Progress, digest_of
 from hf_prune.weights.prune import Pruned, prune_weights_
 from hf_prune.weights.walk import Inputs
+
+MEASURED = ("outliers", "knapsack")
+"""Solvers that read calibration batches."""
 
 
 def check_weight_stage(stage: Prune) -> None:
@@ -58,7 +62,7 @@ def needs_data(stage: Prune) -> bool:
         or stage.reconstruct
         or stage.single.dense_target
         or stage.single.polish_steps > 0
-        or stage.solver in ("outliers", "knapsack")
+        or stage.solver in MEASURED
     )
 
 
@@ -140,10 +144,13 @@ def prune_stage_(
     Raises:
         ConfigError: when the stage names what there is not.
         DataError: when inputs are needed and there are none.
+        UnsupportedModelError: when the inputs of packed experts are not known: nothing was changed.
     """
     check_weight_stage(stage)
     matrices = find_stage(model, stage)
     _check_finite(matrices)
+    if options_of(model, stage, seed, {}).needs_inputs or stage.solver in MEASURED:
+        check_followed(model, matrices)
     scores: dict[str, Tensor] = {}
     if stage.criterion in GRADIENTS:
         scores = gradient_scores(model, matrices, batches, stage.criterion, seed)
@@ -198,7 +205,8 @@ def sparsify_(
         ConfigError: for fields that are unknown or do not go together.
         DataError: when inputs are needed and there are none.
         NumericsError: when weights or inputs are not finite.
-        UnsupportedModelError: when calibration never runs one of the matrices.
+        UnsupportedModelError: when calibration never runs one of the matrices, or the inputs of
+            packed experts are not known.
     """
     try:
         stage = Prune(units=("weights",), **fields)

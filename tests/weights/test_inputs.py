@@ -1,0 +1,113 @@
+"""What matrices are multiplied with: packed experts of several models, and what is not known."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+)
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from hf_prune import sparsify_
+from hf_prune.errors import UnsupportedModelError
+from hf_prune.statistics.streams import Call
+from hf_prune.weights.find import find_matrices
+from hf_prune.weights.inputs import rows_of
+
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_local_experts": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 99,
+}
+
+
+def tokens():
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 99, (8, 8), generator=generator)} for _ in range(2)]
+
+
+class Clamped(nn.Module):
+    """Packed experts whose gate is one of their own, as in several models of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(3 * torch.randn(2, 8, 6))
+        self.down_proj = nn.Parameter(torch.randn(2, 6, 4))
+        self.act_fn = nn.functional.silu
+
+    def _apply_gate(self, both):
+        gate, up = both.chunk(2, dim=-1)
+        return self.act_fn(gate.clamp(max=1)) * up.clamp(-1, 1)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        result = torch.zeros_like(hidden_states)
+        for place, expert in top_k_index.tolist():
+            both = nn.functional.linear(hidden_states[place], self.gate_up_proj[expert])
+            result[place] += self._apply_gate(both) @ self.down_proj[expert].T
+        return result
+
+
+def test_the_gate_of_experts_is_their_own():
+    module = Clamped()
+    hidden, index = torch.randn(5, 6), torch.tensor([[0], [1], [0], [1], [1]])
+    (down,) = [m for m in find_matrices(module) if m.name == "down_proj"]
+    rows = rows_of(down, module, Call((hidden, index, torch.ones(5, 1)), {}), None)
+    for expert, found in enumerate(rows):
+        mine = hidden[index[:, 0] == expert]
+        wanted = module._apply_gate(nn.functional.linear(mine, module.gate_up_proj[expert]))
+        torch.testing.assert_close(found, wanted)
+        assert float(found.abs().max()) <= 1, "clamped"
+
+
+def test_transposed_experts_with_biases_are_followed(monkeypatch):
+    """The inputs of each `down_proj` are those that GPT-OSS multiplies it with."""
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(GptOssConfig(**SIZES, num_experts_per_tok=2)).eval()
+    experts = model.model.layers[0].mlp.experts
+    nn.init.normal_(experts.gate_up_proj_bias)
+    seen = []
+    gate = GptOssExperts._apply_gate
+    monkeypatch.setattr(
+        GptOssExperts, "_apply_gate", lambda self, both: seen.append(gate(self, both)) or seen[-1]
+    )
+    calls = []
+    experts.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True
+    )
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        model(**tokens()[0])
+    (down,) = [m for m in find_matrices(experts) if m.name == "down_proj"]
+    wanted, _ = list(seen), seen.clear()
+    rows = [part for part in rows_of(down, experts, calls[0], None) if len(part)]
+    assert len(rows) >= 2
+    for found, made in zip(rows, wanted, strict=False):
+        order = [part[:, 0].argsort() for part in (found, made)]  # it takes them by rank
+        torch.testing.assert_close(found[order[0]], made[order[1]])
+    pruned = sparsify_(model, tokens(), sparsity=0.5)
+    assert pruned.errors["model.layers.1.mlp.experts.down_proj"] < 0.5
+    gone = ~pruned.masks["model.layers.0.mlp.experts.down_proj"]
+    assert int(gone.sum()) == gone.numel() // 2
+    assert not experts.down_proj[gone].any()
+
+
+@pytest.mark.parametrize("ignore", [(), ("*down_proj",)])
+def test_experts_that_are_not_told_their_tokens_are_refused_first(ignore):
+    model = Llama4ForCausalLM(Llama4TextConfig(**SIZES, intermediate_size_mlp=32)).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match=r"experts\.gate_up_proj: .* Llama4TextExperts"):
+        sparsify_(model, tokens(), sparsity=0.5, ignore=ignore)
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name], value), name
+    sparsify_(model, tokens(), sparsity=0.5, ignore=("*experts*",))
+    assert not (model.model.layers[0].self_attn.q_proj.weight != 0).all()
