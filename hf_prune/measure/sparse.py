@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
-from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import ConfigError
 from hf_prune.measure.latency import synchronize
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
 from hf_prune.weights.inputs import main_tensor, traced
+from hf_prune.weights.walk import Inputs, call_model
 
 MIN_SPARSITY = 0.5
 """Layers with fewer zeros than this are not even timed."""
+ROW_DTYPES = (torch.float32, torch.float64)
+"""Those that compressed rows are multiplied in on a CPU."""
 SEMI_STRUCTURED_DTYPES = (torch.float16, torch.bfloat16)
 """Those of the semi-structured kernels for floating-point weights."""
 SEMI_STRUCTURED_ROWS, SEMI_STRUCTURED_COLUMNS = 32, 64
@@ -49,24 +51,26 @@ class Timing:
         return asdict(self)
 
 
-class SparseLinear(nn.Module):
-    """A linear layer in compressed rows, for inference on a CPU."""
+class SparseLinear(nn.Linear):
+    """A linear layer in compressed rows, for inference on a CPU.
+
+    `weight` is there, in compressed rows: models ask for its dtype and device.
+    """
 
     def __init__(self, dense: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = dense.in_features, dense.out_features
+        with torch.device("meta"):
+            super().__init__(dense.in_features, dense.out_features, bias=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             rows = dense.weight.detach().to_sparse_csr()
-        self.register_buffer("rows", rows, persistent=False)
+        self.weight = nn.Parameter(rows, requires_grad=False)
         self.bias = dense.bias
+        self.train(dense.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         flat = x.reshape(-1, self.in_features)
-        rows = self.rows
-        assert isinstance(rows, Tensor)  # noqa: S101  # a buffer
-        product = (rows @ flat.T).T  # [tokens, out]
+        product = (self.weight @ flat.T).T  # [tokens, out]
         if self.bias is not None:
             product = product + self.bias
         return product.reshape(*x.shape[:-1], self.out_features)
@@ -83,8 +87,7 @@ def is_semi_structured(weight: Tensor) -> bool:
 def _fits_semi_structured(dense: nn.Linear) -> bool:
     rows, columns = dense.weight.shape
     return (
-        dense.weight.dtype in SEMI_STRUCTURED_DTYPES
-        and rows % SEMI_STRUCTURED_ROWS == 0
+        rows % SEMI_STRUCTURED_ROWS == 0
         and columns % SEMI_STRUCTURED_COLUMNS == 0
         and is_semi_structured(dense.weight)
     )
@@ -107,16 +110,17 @@ def _semi_structured(dense: nn.Linear) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A sparse execution: its name, the layers that it takes, and how one is made."""
+    """A sparse execution: its name, the dtypes and layers that it takes, and how one is made."""
 
     name: str
+    dtypes: tuple[torch.dtype, ...]
     fits: Callable[[nn.Linear], bool]
     make: Callable[[nn.Linear], nn.Module]
 
 
 KERNELS = {
-    "cpu": _Kernel("compressed rows", _fits_rows, SparseLinear),
-    "cuda": _Kernel("2:4", _fits_semi_structured, _semi_structured),
+    "cpu": _Kernel("compressed rows", ROW_DTYPES, _fits_rows, SparseLinear),
+    "cuda": _Kernel("2:4", SEMI_STRUCTURED_DTYPES, _fits_semi_structured, _semi_structured),
 }
 """By type of device."""
 
@@ -137,9 +141,44 @@ def _median_ms(
     return [statistics.median(found) for found in times]
 
 
+def _as_linear(module: nn.Module) -> nn.Linear | None:
+    """A linear layer that computes what the module does; None for other modules."""
+    if type(module) is nn.Linear:
+        return module
+    if type(module) is not Conv1D:
+        return None
+    with torch.device("meta"):
+        layer = nn.Linear(module.nx, module.nf, bias=False)
+    weight = module.weight.detach().T.contiguous()  # [in, out] -> [out, in]
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), module.bias
+    return layer.train(module.training)
+
+
+def _chosen(model: nn.Module, kernel: _Kernel) -> dict[str, nn.Linear]:
+    """The layers that a kernel takes, by name.
+
+    Raises:
+        ConfigError: when it takes the dtype of none.
+    """
+    found = ((name, _as_linear(module)) for name, module in model.named_modules())
+    layers = {name: layer for name, layer in found if layer is not None}
+    dtypes = {layer.weight.dtype for layer in layers.values()}
+    if dtypes and not dtypes & set(kernel.dtypes):
+        takes, has = (", ".join(sorted(map(str, some))) for some in (kernel.dtypes, dtypes))
+        raise ConfigError(
+            f"{kernel.name} are for {takes}, and the linear layers are {has}: convert the model, "
+            f"such as by model.to({kernel.dtypes[0]})."
+        )
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if layer.weight.dtype in kernel.dtypes and kernel.fits(layer)
+    }
+
+
 @torch.no_grad()
 def use_sparse_(
-    model: PreTrainedModel, batch: Batch, *, min_gain: float = 1.1, rounds: int = 7
+    model: nn.Module, batch: Inputs, *, min_gain: float = 1.1, rounds: int = 7
 ) -> list[Timing]:
     """Execute linear layers by sparse kernels, in place, where that is faster here.
 
@@ -149,8 +188,8 @@ def use_sparse_(
     inference afterwards: save it before.
 
     Args:
-        model: its zeros exact.
-        batch: as large as those that the model will see; it is run once.
+        model: any module, its zeros exact. `Conv1D` counts as a linear layer.
+        batch: as large as those that the model will see, as `sparsify_` takes them; it is run once.
         min_gain: how many times as fast a layer must have become.
         rounds: measured rounds of each layer.
 
@@ -159,32 +198,30 @@ def use_sparse_(
         is, nothing was gained by zeros: the times say so.
 
     Raises:
-        ConfigError: for a model on a device that no sparse kernel is known for.
+        ConfigError: for a model on a device, or in a dtype, that no sparse kernel is known for.
     """
-    kernel = KERNELS.get(model.device.type)
+    device = next(model.parameters()).device
+    kernel = KERNELS.get(device.type)
     if kernel is None:
         raise ConfigError(
-            f"no sparse kernel is known for {model.device.type!r}: move the model to a CPU "
+            f"no sparse kernel is known for {device.type!r}: move the model to a CPU "
             "(compressed rows) or to a CUDA device (2:4)."
         )
-    linear_layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
-    chosen = [name for name, module in linear_layers.items() if kernel.fits(module)]
+    chosen = _chosen(model, kernel)
     model.eval()
-    with traced(model, chosen) as trace:
-        model(**forward_kwargs(model, to_device(batch, model.device), labels=False))
+    with traced(model, list(chosen)) as trace:
+        call_model(model, batch)
     timings = []
-    for name in chosen:
+    for name, layer in chosen.items():
         if name not in trace.calls:
             continue
-        dense = linear_layers[name]
+        dense = model.get_submodule(name)
         inputs = main_tensor(dense, trace.calls[name][0])
-        sparse = kernel.make(dense)
-        slow, fast = _median_ms(
-            [partial(dense, inputs), partial(sparse, inputs)], rounds, model.device
-        )
+        sparse = kernel.make(layer)
+        slow, fast = _median_ms([partial(dense, inputs), partial(sparse, inputs)], rounds, device)
         used = slow >= min_gain * fast
         if used:
             model.set_submodule(name, sparse)
-        share = float((dense.weight == 0).float().mean())
+        share = float((layer.weight == 0).float().mean())
         timings.append(Timing(name, kernel.name, share, slow, fast, used))
     return timings
