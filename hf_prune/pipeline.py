@@ -20,7 +20,7 @@ from hf_prune.sites import HIDDEN, find_sites
 from hf_prune.split import prune_jointly, prune_weights
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.example import tokens_up_to
-from hf_prune.statistics.score import check_weights
+from hf_prune.statistics.score import check_projections, check_weights
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
 from hf_prune.surgery.vocabulary_stage import narrow_masks, prune_vocabulary_stage, texts_of
@@ -41,7 +41,7 @@ def check_stages(recipe: Recipe) -> None:
         raise ConfigError("the recipe has no prune stage: there is nothing to do.")
     for stage in recipe.prune_stages:
         if stage.structural:
-            get_criterion(stage.criterion)
+            check_projections(stage)
             check_solver(stage)
         if stage.joint:
             check_weight_stage(stage.weights_part(0.0))

@@ -197,6 +197,7 @@ def test_a_second_compression_composes(tiny, inputs_for):
         ({}, None, DataError, "calibration set is empty"),
         ({"min_calibration_samples": 99}, "one", DataError, "has 4 examples, fewer than"),
         ({"ignore": ["*"]}, "one", ConfigError, "no site is left"),
+        ({"criterion": "taylor", "projections": 2}, None, ConfigError, "'taylor' draws none"),
     ],
 )
 def test_bad_input(tiny, inputs_for, stage, batches, error, message):

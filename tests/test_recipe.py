@@ -23,17 +23,26 @@ POSITIVE = st.floats(1e-12, 1e12)
 SCHEDULES = st.builds(
     Schedule, start=st.floats(0, 0.4), end=st.floats(0.5, 1), every=st.integers(1, 10**6)
 )
+BOTH_KINDS = [("heads", "neurons"), ("neurons", "heads")]
+COMMON = {
+    "criterion": st.text(max_size=12),
+    "cost": st.sampled_from(["parameters", "macs"]),
+    "sparsity": FRACTION,
+    "ignore": st.lists(st.text(max_size=12), max_size=3).map(tuple),
+    "floors": st.dictionaries(st.text(max_size=12), st.integers(0, 9), max_size=2),
+}
 STRUCTURE = st.builds(
     Prune,
-    units=st.sampled_from([("heads",), ("neurons",), ("heads", "neurons"), ("neurons", "heads")]),
-    criterion=st.text(max_size=12),
-    cost=st.sampled_from(["parameters", "macs"]),
-    sparsity=FRACTION,
-    ignore=st.lists(st.text(max_size=12), max_size=3).map(tuple),
+    **COMMON,
+    units=st.sampled_from([("heads",), *BOTH_KINDS]),
     min_heads=st.integers(0, 9),
-    floors=st.dictionaries(st.text(max_size=12), st.integers(0, 9), max_size=2),
-    reconstruct=st.booleans(),
     ridge=POSITIVE,
+) | st.builds(
+    Prune,
+    **COMMON,
+    units=st.sampled_from([("neurons",), *BOTH_KINDS]),
+    min_neurons=st.integers(0, 9),
+    reconstruct=st.booleans(),
 )
 WEIGHTS = st.builds(Prune, units=st.just(("weights",)), sparsity=FRACTION)
 TRAIN = st.builds(Train, num_train_epochs=POSITIVE, learning_rate=POSITIVE)
@@ -175,6 +184,25 @@ def gradual(stage, **schedule):
         (one(**SINGLE, reconstruction="parallel"), r"write weights: \{dense_target: false\}"),
         (one(**SINGLE, round_to=8), "round_to and even are for units that are removed"),
         (one(**SINGLE, even=True), "round_to and even are for units that are removed"),
+        (one(**SINGLE, min_heads=3), "min_heads is for heads: leave it out"),
+        (one(units=["neurons"], min_heads=3), "min_heads is for heads: leave it out"),
+        (one(**SINGLE, min_neurons=7), "min_neurons is for neurons: leave it out"),
+        (one(units=["heads"], min_neurons=7), "min_neurons is for neurons: leave it out"),
+        (one(units=["heads"], round_to=8), "round_to is for neurons and channels"),
+        (one(reconstruct=False, ridge=0.5), "ridge is of a re-fit"),
+        (
+            one(**SINGLE, reconstruction_samples=9),
+            "of heads and neurons; single weights are chosen",
+        ),
+        (one(**SINGLE, weights={"pattern": "2x2", "rank": "row"}), "is for pattern: unstructured"),
+        (
+            {"stages": [{"stage": "prune", "target": {"macs": "0.5x", "batch_size": 2}}]},
+            "batch_size is for latency_ms and speedup",
+        ),
+        (
+            one(floor={"drop": 0.1, "search": "optuna", "precision": 0.1}),
+            "precision is for search: bisection",
+        ),
         (gradual({**SINGLE, "weights": {"polish_steps": 1}}), "polish_steps: .* for one shot"),
         (gradual({**SINGLE, "weights": {"rank": "row"}}), "rank: row.* is for one shot"),
         (gradual({**PRUNE, "masks": "l0"}, regrow=True), "regrow is for masks: scored"),
@@ -188,6 +216,11 @@ def test_what_would_be_ignored_is_refused(stages, text):
 def test_defaults_written_out_are_not_refused():
     written = one(**SINGLE, search_trials=0, rescale=False, round_to=1, even=False)
     assert load_recipe(written) == load_recipe(one(**SINGLE))
+    written = one(units=["experts"], min_heads=1, min_neurons=1, ridge=0.01, reconstruct=False)
+    assert load_recipe(written) == load_recipe(one(units=["experts"], reconstruct=False))
+    target = {"speedup": "2x", "batch_size": 4}
+    told = load_recipe({"stages": [{"stage": "prune", "target": target, "ridge": 0.5}]})
+    assert told.prune_stages[0].ridge == 0.5
     rank = {"rank": "matrix", "polish_steps": 0}
     told = load_recipe(gradual({**SINGLE, "weights": rank, "reconstruction": "sequential"}))
     assert told.prune_stages[0].single.rank == "matrix"

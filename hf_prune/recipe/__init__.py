@@ -6,7 +6,7 @@ frozen, and survives a round trip through YAML. This room does not import torch.
 
 from hf_prune.recipe.load import MAX_RECIPE_BYTES, Recipe, Stage, explain, load_recipe
 from hf_prune.recipe.names import Names, did_you_mean
-from hf_prune.recipe.prune import UNITS, Prune
+from hf_prune.recipe.prune import RIDGE, UNITS, Prune
 from hf_prune.recipe.schedule import Schedule
 from hf_prune.recipe.target import Floor, Target, count_to_remove, share_of
 from hf_prune.recipe.template import (
@@ -26,6 +26,7 @@ from hf_prune.recipe.weights import Weights
 __all__ = [
     "MAX_RECIPE_BYTES",
     "MAX_RECIPE_DEPTH",
+    "RIDGE",
     "UNITS",
     "AlternateLayers",
     "Distill",

@@ -15,6 +15,8 @@ from hf_prune.recipe.weights import Weights
 Unit = Literal["heads", "neurons", "query_heads", "experts", "expert_neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
 """The kinds of unit that a recipe can name."""
+RIDGE = 1e-2
+"""The default of `ridge`."""
 
 
 def _default_of(structure: str, **others: str) -> Callable[[dict[str, Any]], str]:
@@ -99,12 +101,12 @@ class Prune(Model):
     rescale: bool = False
     """Fit one factor for each unit that stays (arXiv:2204.09656), written into its columns, and the
     bias: before `reconstruct`, or instead of it. Held-out examples decide whether it is kept."""
-    ridge: float = Field(default=1e-2, gt=0)
+    ridge: float = Field(default=RIDGE, gt=0)
     """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal. Held-out
     examples choose between a tenth of it, itself and ten times it."""
     reconstruction_samples: int | None = Field(default=None, ge=1)
-    """Examples for the re-fit; as many as `calibration_samples`, if not given. More help from about
-    85 % sparsity on."""
+    """Examples for the re-fit of heads and neurons; as many as `calibration_samples`, if not given.
+    More help from about 85 % sparsity on."""
     search_trials: int = Field(default=0, ge=0)
     """Networks of other widths that an evolutionary search builds, re-fits and judges before the
     plan is final. Helps where most of the model goes, from about 85 % sparsity on. Of units and
@@ -256,6 +258,7 @@ class Prune(Model):
         gradual, weights = self.schedule is not None, not self.structural
         search, rank = self.search_trials > 0, self.single.rank
         parallel = self.reconstruction == "parallel"
+        kinds, refits = set(self.units), self.reconstruct or self.rescale
         regrow = self.schedule is not None and self.schedule.regrow
         refused = {
             "search_trials refines widths for a budget: leave it out, or floor": search
@@ -270,18 +273,31 @@ class Prune(Model):
             "reconstruction: parallel is for one shot: leave it out": parallel and gradual,
             "round_to and even are for units that are removed: leave them out": weights
             and (self.round_to > 1 or self.even),
+            "round_to is for neurons and channels: leave it out": self.round_to > 1
+            and not kinds & {"neurons", "expert_neurons", "hidden"},
+            "min_heads is for heads: leave it out": self.min_heads != 1
+            and not kinds & {"heads", "query_heads"},
+            "min_neurons is for neurons: leave it out": self.min_neurons != 1
+            and not kinds & {"neurons", "expert_neurons"},
+            "ridge is of a re-fit: leave it out, or reconstruct: false": self.ridge != RIDGE
+            and not (refits or "weights" in kinds),
             "weights: {polish_steps: ...} is for one shot: leave it out, the training after the "
             "schedule moves norms and biases too": gradual and self.single.polish_steps > 0,
             "weights: {rank: row} is for one shot: with a schedule matrices are ranked": gradual
             and rank == "row",
+            "weights: {rank: row} is for pattern: unstructured: leave one of them out": rank
+            == "row"
+            and self.single.pattern != "unstructured",
             "of: layers is for a sparsity: a target is one of the whole model": self.of == "layers"
             and self.target is not None,
             "cost is what a sparsity counts: name parameters or macs in the target": self.cost
             == "macs"
             and self.target is not None,
-            "reconstruction_samples are of a re-fit: leave them out, or reconstruct: false": not (
-                self.reconstruct or self.rescale
-            )
+            "reconstruction_samples are of a re-fit: leave them out, or reconstruct: false": (
+                not refits and self.reconstruction_samples is not None
+            ),
+            "reconstruction_samples are of heads and neurons; single weights are chosen and fitted "
+            "on calibration_samples: write more of them": weights
             and self.reconstruction_samples is not None,
             "regrow is for masks: scored; learned masks open again by themselves": regrow
             and self.masks != "scored",

@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from hf_prune.recipe.model import Model
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)x")
+PRECISION = 0.005
+"""The default of a floor's `precision`."""
 
 
 def _as_share(value: object) -> object:
@@ -53,6 +55,8 @@ class Target(Model):
         named = ("parameters", "macs", "bytes", "latency_ms", "speedup")
         if all(getattr(self, name) is None for name in named):
             raise ValueError(f"name at least one of {', '.join(named)}")
+        if self.batch_size != 1 and not self.timed:
+            raise ValueError("batch_size is for latency_ms and speedup: leave it out")
         for name in ("parameters", "macs", "bytes"):
             value = getattr(self, name)
             if isinstance(value, str) and not 0 < share_of(value) <= 1:
@@ -93,8 +97,14 @@ class Floor(Model):
     search: Literal["bisection", "optuna"] = "bisection"
     """`bisection`: of how much goes; `optuna`: of how heads and neurons, and early and late layers
     are weighed against each other, too (needs Optuna, and some dozens of trials)."""
-    precision: float = Field(default=0.005, gt=0, le=1)
+    precision: float = Field(default=PRECISION, gt=0, le=1)
     """Bisection ends when the answer is known to this share of what is asked for."""
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> "Floor":
+        if self.search == "optuna" and self.precision != PRECISION:
+            raise ValueError("precision is for search: bisection; optuna ends after trials")
+        return self
 
 
 def count_to_remove(sparsity: float, total: int) -> int:

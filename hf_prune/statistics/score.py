@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
-from hf_prune.errors import NumericsError
+from hf_prune.errors import ConfigError, NumericsError
+from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, gate_weight
-from hf_prune.statistics.collect import Statistics
+from hf_prune.statistics.collect import PROJECTED, SAMPLED, Statistics
 
 
 def check_weights(model: nn.Module) -> None:
@@ -79,3 +80,17 @@ def score(
         found = function(gate_weight(base, site).detach().cpu(), **arguments)
         result[site.name] = _as_ranking(found, site, criterion)
     return result
+
+
+def check_projections(stage: Prune) -> None:
+    """Refuse `projections` of a structured stage whose criterion draws none.
+
+    Raises:
+        ConfigError: saying which do.
+    """
+    drawn = set(needs(get_criterion(stage.criterion))) & (PROJECTED | SAMPLED)
+    if stage.projections > 1 and not drawn:
+        raise ConfigError(
+            f"projections={stage.projections}: criterion {stage.criterion!r} draws none, and they "
+            "would be ignored. Leave them out, or use kfac_obs or fisher."
+        )

@@ -25,7 +25,7 @@ from hf_prune.recipe import Prune
 from hf_prune.sites import Site, base_model, find_sites, logical_weight, projection
 from hf_prune.statistics.batches import Batch, take
 from hf_prune.statistics.collect import Statistics, sum_over_processes
-from hf_prune.statistics.score import score
+from hf_prune.statistics.score import check_projections, score
 from hf_prune.surgery.remove import remove_units
 from hf_prune.targets import Chooser
 from hf_prune.training.aim import (
@@ -112,6 +112,7 @@ class StructuredPruning:
 
     def __post_init__(self) -> None:
         get_solver(self.stage.solver)
+        check_projections(self.stage)
         if needs_calibration(self.stage) and self.calibration is None:
             missing = set(needs(get_criterion(self.stage.criterion))) - TRAINING_STATISTICS
             raise ConfigError(

@@ -56,6 +56,8 @@ class WeightPruning:
                     f"{kind} {name!r} is not for single weights while training"
                     f"{did_you_mean(name, known)}"
                 )
+        if self.stage.projections > 1:
+            raise ConfigError("projections are of one shot: training draws none, leave them out.")
         if self.stage.single.pattern != "unstructured":
             raise ConfigError(
                 f"pattern {self.stage.single.pattern} cannot grow with a schedule: prune in one "

@@ -1,5 +1,6 @@
 """Scores of single weights that read gradients, collected before anything is pruned."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError, NumericsError
 from hf_prune.statistics.batches import forward_kwargs, to_device
-from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.statistics.collect import SEED_STEP, sum_over_processes
 from hf_prune.statistics.projection import project_output
 from hf_prune.statistics.streams import in_eval
 from hf_prune.weights.find import Matrix
@@ -77,6 +78,7 @@ def gradient_scores(
     batches: Sequence[Inputs],
     criterion: str,
     seed: int = 0,
+    projections: int = 1,
 ) -> dict[str, Tensor]:
     """Scores `[G, R, C]` of each matrix; higher = keep.
 
@@ -84,7 +86,8 @@ def gradient_scores(
     with the gradient averaged over batches (Lee et al. 2018, arXiv:1810.02340; Molchanov et al.
     2019, arXiv:1906.10771). `fisher_diagonal` is `w^2 * mean (d(v . z)/dw)^2` for random
     projections `v . z` of the outputs of each batch, half of the second-order change of the
-    outputs; it needs no labels.
+    outputs; it needs no labels. `projections` says how many of each batch; each costs one backward
+    pass.
 
     Raises:
         DataError: when there is no batch, or none with labels where they are needed.
@@ -96,9 +99,11 @@ def gradient_scores(
     parameters = [matrix.parameter for matrix in matrices]
     first_order = criterion == "sensitivity"
     with in_eval(model), differentiable(parameters):
-        for index, batch in enumerate(batches):
+        turns = range(1 if first_order else projections)
+        for (index, batch), turn in itertools.product(enumerate(batches), turns):
+            own = seed + turn * SEED_STEP
             with torch.enable_grad():
-                value = _loss(model, batch) if first_order else projected(model, batch, seed, index)
+                value = _loss(model, batch) if first_order else projected(model, batch, own, index)
             found = torch.autograd.grad(value, parameters, allow_unused=True)
             for matrix, gradient in zip(matrices, found, strict=True):
                 if gradient is not None:
@@ -108,7 +113,7 @@ def gradient_scores(
         sum_over_processes(torch.tensor(float(len(batches)), device=parameters[0].device))
     )
     for matrix in matrices:
-        total = sum_over_processes(sums[matrix.name]) / count
+        total = sum_over_processes(sums[matrix.name]) / (count * len(turns))
         if not torch.isfinite(total).all():
             raise NumericsError(f"{matrix.name}: the gradient is not finite.")
         weight = matrix.parameter.detach().float()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, NumericsError
-from hf_prune.recipe import Prune, did_you_mean, explain
+from hf_prune.recipe import RIDGE, Prune, did_you_mean, explain
 from hf_prune.weights.budgets import BUDGETS, allot
 from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
@@ -40,6 +40,7 @@ def check_weight_stage(stage: Prune) -> None:
     ):
         if name not in known:
             raise ConfigError(f"unknown {kind} {name!r} for weights{did_you_mean(name, known)}")
+    _check_nothing_ignored(stage)
     pattern = parse_pattern(stage.single.pattern)
     if pattern.kind == "n:m" and stage.solver != "uniform":
         raise ConfigError(
@@ -52,6 +53,21 @@ def check_weight_stage(stage: Prune) -> None:
         raise ConfigError(
             f"criterion {stage.criterion!r} compares weights within a matrix only, so that solver "
             "'global' has no common unit. Use uniform, outliers or knapsack."
+        )
+
+
+def _check_nothing_ignored(stage: Prune) -> None:
+    """Refuse `projections` and `ridge` where nothing reads them."""
+    if stage.projections > 1 and stage.criterion != "fisher_diagonal":
+        raise ConfigError(
+            f"projections={stage.projections}: criterion {stage.criterion!r} draws none, and they "
+            "would be ignored. Leave them out, or use fisher_diagonal."
+        )
+    fits = stage.reconstruct or stage.single.dense_target or stage.solver == "knapsack"
+    if stage.ridge != RIDGE and not fits and stage.criterion in (*DATA_FREE, *GRADIENTS):
+        raise ConfigError(
+            f"ridge={stage.ridge:g}: nothing is fitted with reconstruct: false, weights: "
+            "{dense_target: false}, and it would be ignored. Leave it out, or one of these."
         )
 
 
@@ -153,7 +169,8 @@ def prune_stage_(
         check_followed(model, matrices)
     scores: dict[str, Tensor] = {}
     if stage.criterion in GRADIENTS:
-        scores = gradient_scores(model, matrices, batches, stage.criterion, seed)
+        told = (stage.criterion, seed, stage.projections)
+        scores = gradient_scores(model, matrices, batches, *told)
     options = options_of(model, stage, seed, scores)
     removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
     kept = _progress(progress, model, stage, batches, seed)
@@ -216,6 +233,12 @@ def sparsify_(
         raise ConfigError(
             "sparsify_ reads all batches that it is given: pass fewer, in the place of "
             "calibration_samples and min_calibration_samples."
+        )
+    if "sequence_length" in stage.model_fields_set:
+        raise ConfigError("sparsify_ counts no MACs: leave sequence_length to compress().")
+    if stage.single.remove_dead and "remove_dead" in stage.single.model_fields_set:
+        raise ConfigError(
+            "sparsify_ changes no shape of a module: leave remove_dead to compress()."
         )
     if stage.schedule is not None or stage.single.polish_steps:
         raise ConfigError(

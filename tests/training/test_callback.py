@@ -179,6 +179,8 @@ def test_a_teacher_pulls_the_student_towards_itself(tiny, tmp_path):
         ({"criterion": "fisher"}, "needs .*projected_fisher.*does not provide"),
         ({"criterion": "tailor"}, "did you mean 'taylor'"),
         ({"solver": "globl"}, "did you mean 'global'"),
+        ({"projections": 4}, "projections=4: criterion 'taylor' draws none"),
+        ({"units": ["weights"], "criterion": "magnitude", "projections": 4}, "training draws none"),
         ({"schedule": None}, "exactly one prune stage that has a schedule"),
     ],
 )

@@ -7,6 +7,7 @@ from transformers import BertForMultipleChoice, BertForPreTraining
 
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.recipe import Prune, count_to_remove
+from hf_prune.statistics.collect import SEED_STEP
 from hf_prune.weights.budgets import BUDGETS, OUTLIER_RANGE, allot
 from hf_prune.weights.find import find_matrices, find_weights
 from hf_prune.weights.gradients import gradient_scores
@@ -163,6 +164,22 @@ def test_gradient_scores(tiny, inputs_for):
     assert fisher.std() > 0
 
 
+def test_gradient_scores_are_means_over_projections(tiny, inputs_for):
+    model, batch = tiny("bert"), inputs_for("bert")
+    matrices = find_matrices(model)[:2]
+    both, first, second = (
+        gradient_scores(model, matrices, [batch], "fisher_diagonal", seed, projections)
+        for seed, projections in ((3, 2), (3, 1), (3 + SEED_STEP, 1))
+    )
+    for name in both:
+        torch.testing.assert_close(both[name], (first[name] + second[name]) / 2)
+        assert not torch.equal(first[name], second[name])
+    told = stage(criterion="fisher_diagonal", projections=8, reconstruct=False)
+    many, _ = prune_stage_(tiny("bert"), told, [batch], 0)
+    one, _ = prune_stage_(tiny("bert"), told.model_copy(update={"projections": 1}), [batch], 0)
+    assert any(not torch.equal(many.masks[name], mask) for name, mask in one.masks.items())
+
+
 def test_gradient_scores_ask_for_labels(tiny, inputs_for):
     model, batch = tiny("bert"), inputs_for("bert")
     del batch["labels"]
@@ -314,6 +331,17 @@ def test_ranks_by_row_where_models_generate(tiny, inputs_for):
             "pattern 2:4 removes the same share of every matrix",
         ),
         ({"weights": {"pattern": "5:4"}}, "keeps 5 of 4"),
+        ({"projections": 2}, "projections=2: criterion 'admm' draws none"),
+        ({"projections": 2, "criterion": "sensitivity"}, "criterion 'sensitivity' draws none"),
+        (
+            {
+                "ridge": 0.5,
+                "criterion": "magnitude",
+                "reconstruct": False,
+                "weights": {"dense_target": False},
+            },
+            "ridge=0.5: nothing is fitted",
+        ),
     ],
 )
 def test_what_does_not_go_together(fields, message):

@@ -370,6 +370,10 @@ def test_any_module_by_the_fields_of_a_stage():
         sparsify_(net, images.split(8), sparsty=0.5)
     with pytest.raises(DataError, match="needs calibration batches"):
         sparsify_(net, sparsity=0.5)
+    with pytest.raises(ConfigError, match="leave remove_dead to compress"):
+        sparsify_(net, images.split(8), sparsity=0.5, weights={"remove_dead": True})
+    with pytest.raises(ConfigError, match="leave sequence_length to compress"):
+        sparsify_(net, images.split(8), sparsity=0.5, sequence_length=7)
     for fields in ({"schedule": Schedule()}, {"weights": {"polish_steps": 2}}):
         with pytest.raises(ConfigError, match="in one shot: leave schedule to PruneCallback"):
             sparsify_(net, images.split(8), sparsity=0.5, **fields)
