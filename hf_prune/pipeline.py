@@ -85,13 +85,21 @@ def _check(
 
 
 def _fitting(model: PreTrainedModel, recipe: Recipe) -> Recipe:
-    """A length that no stage names is no more than the positions of the model."""
+    """A length that no stage names is no more than the positions of the model.
+
+    Where a plain config says all widths, dead units stay, which differ from layer to layer.
+    """
     stages = list(recipe.stages)
     for index, stage in enumerate(stages):
-        if isinstance(stage, Prune) and "sequence_length" not in stage.model_fields_set:
-            length = tokens_up_to(model, stage.sequence_length)
-            if length < stage.sequence_length:
-                stages[index] = stage.model_copy(update={"sequence_length": length})
+        if not isinstance(stage, Prune):
+            continue
+        changes: dict[str, Any] = {}
+        length = tokens_up_to(model, stage.sequence_length)
+        if "sequence_length" not in stage.model_fields_set and length < stage.sequence_length:
+            changes["sequence_length"] = length
+        if recipe.portable and "weights" in stage.units:
+            changes["weights"] = stage.single.model_copy(update={"remove_dead": False})
+        stages[index] = stage.model_copy(update=changes)
     return recipe.model_copy(update={"stages": tuple(stages)})
 
 

@@ -294,6 +294,23 @@ def test_single_weights_by_default_and_what_they_leave_dead(tiny, inputs_for):
     assert result.plan.weights == {name: int(mask.sum()) for name, mask in result.masks.items()}
 
 
+@pytest.mark.parametrize("units", [["weights"], ["neurons", "weights"]])
+def test_a_portable_model_keeps_its_dead_units(units, tiny, inputs_for, tmp_path, logits):
+    model, batches = tiny("bert"), [inputs_for("bert", seed) for seed in range(4)]
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, :10] = 0
+    stage = {"stage": "prune", "units": units, "sparsity": 0.5, "even": len(units) > 1}
+    result = compress(model, {"portable": True, "stages": [stage]}, batches)
+    assert not any("dead_units" in entry for entry in result.report["pruning"])
+    widths = {layer.output.dense.in_features for layer in result.model.bert.encoder.layer}
+    assert len(widths) == 1
+    save_result(result, tmp_path / "out")
+    config = transformers.BertConfig.from_pretrained(tmp_path / "out" / "model")
+    assert not hasattr(config, "quantization_config")
+    loaded = type(model).from_pretrained(tmp_path / "out" / "model").eval()
+    torch.testing.assert_close(logits(loaded, batches[0]), logits(result.model, batches[0]))
+
+
 def test_dead_units_are_reported_only_where_they_were_looked_for(tiny, inputs_for):
     stage = {"stage": "prune", "units": ["weights"], "criterion": "magnitude", "sparsity": 0.5}
     recipe = {"stages": [{**stage, "reconstruct": False, "weights": {"dense_target": False}}]}

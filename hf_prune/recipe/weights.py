@@ -33,7 +33,7 @@ class Weights(Model):
     """Prune embeddings too, and what shares their matrix; by magnitude."""
     remove_dead: bool = True
     """Really remove neurons and heads that are left without effect, where calibration data is
-    given; the outputs do not change."""
+    given; the outputs do not change. Not with `portable: true`: layers would differ."""
     iterations: int = Field(default=12, ge=0)
     """Iterations of `admm`."""
     penalty: float = Field(default=0.5, gt=0)
