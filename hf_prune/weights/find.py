@@ -149,6 +149,12 @@ def find_matrices(
     for target in targets:
         if not any(_matches(found, [target]) for found in prunable.values()):
             names = [found[0][0].name for found in prunable.values()]
+            every = () if embeddings else _by_parameter(model, embeddings=True).values()
+            if any(_matches(found, [target]) for found in every):
+                raise ConfigError(
+                    f"targets: {target!r} is an embedding, or shares the matrix of one: to prune "
+                    "it write weights: {embeddings: true}."
+                )
             raise ConfigError(f"targets: nothing is called {target!r}{did_you_mean(target, names)}")
     if ignore:
         _all_names(model, prunable).check_ignored(ignore)

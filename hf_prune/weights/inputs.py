@@ -148,9 +148,15 @@ def _give(values: Iterator[Tensor]) -> Any:
 
 def never_ran(names: Sequence[str]) -> UnsupportedModelError:
     """The error for modules that calibration does not reach."""
+    inside = any(name.rpartition(".")[2] == "out_proj" for name in names)
+    hint = (
+        " nn.MultiheadAttention, also in nn.TransformerEncoder, computes with out_proj by itself: "
+        "its matrices are not followed."
+    )
     return UnsupportedModelError(
         f"calibration never ran {', '.join(names[:3])}: nothing is known about its inputs. "
-        "Leave it out with ignore."
+        f"Leave it out with ignore=({names[0]!r},), or a pattern such as '*out_proj'."
+        f"{hint if inside else ''}"
     )
 
 

@@ -1,5 +1,6 @@
 """One stage of single weights, as a recipe says it."""
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune.errors import ConfigError, NumericsError
+from hf_prune.errors import ConfigError, DataError, NumericsError
 from hf_prune.recipe import RIDGE, Prune, did_you_mean, explain
 from hf_prune.weights.budgets import BUDGETS, allot
 from hf_prune.weights.find import Matrix, find_matrices
@@ -205,8 +206,9 @@ def sparsify_(
 
     Args:
         module: left in the mode that it was in.
-        batches: calibration inputs: tensors, tuples of arguments, or dicts for transformers. Not
-            needed with `criterion="magnitude", reconstruct=False, weights={"dense_target": False}`.
+        batches: calibration inputs: tensors, tuples or lists of arguments, or dicts for
+            transformers; a DataLoader of them, too. Not needed with `criterion="magnitude",
+            reconstruct=False, weights={"dense_target": False}`.
         seed: of everything random.
         progress: a folder in which finished layers of a known family are kept: a run that was
             broken off goes on there when the dense module is passed again.
@@ -220,13 +222,15 @@ def sparsify_(
     Raises:
         CheckpointError: when `progress` is of another run.
         ConfigError: for fields that are unknown or do not go together.
-        DataError: when inputs are needed and there are none.
+        DataError: when inputs are needed and there are none, or they are not what the module takes.
         NumericsError: when weights or inputs are not finite.
         UnsupportedModelError: when calibration never runs one of the matrices, or the inputs of
             packed experts are not known.
     """
+    if "units" in fields:
+        raise ConfigError("sparsify_ prunes single weights: leave units out.")
     try:
-        stage = Prune(units=("weights",), **fields)
+        stage = Prune(units=("weights",), **_without_lists(fields))
     except ValidationError as error:
         raise ConfigError(f"sparsify_: {explain(error)}") from error
     if stage.model_fields_set & {"calibration_samples", "min_calibration_samples"}:
@@ -246,7 +250,34 @@ def sparsify_(
             "polish_steps to compress()."
         )
     folder = None if progress is None else Path(progress)
-    return prune_stage_(module, stage, list(batches), seed, progress=folder)[0]
+    given = [_as_arguments(module, batch) for batch in batches]
+    return prune_stage_(module, stage, given, seed, progress=folder)[0]
+
+
+def _without_lists(value: Any) -> Any:
+    """Fields as a recipe holds them: lists, as they stand in YAML, are tuples."""
+    if isinstance(value, Mapping):
+        return {name: _without_lists(item) for name, item in value.items()}
+    return tuple(map(_without_lists, value)) if isinstance(value, list) else value
+
+
+def _as_arguments(module: nn.Module, batch: Any) -> Any:
+    """A batch as `call_model` takes it. Lists, which a DataLoader gives, are tuples of arguments.
+
+    Raises:
+        DataError: when the module takes other arguments, such as none for labels.
+    """
+    if not isinstance(batch, list | tuple):
+        return batch
+    try:
+        inspect.signature(module.forward).bind(*batch)
+    except TypeError as error:
+        raise DataError(
+            f"a batch has {len(batch)} values, which are not the arguments of "
+            f"{type(module).__name__}.forward ({error}). Pass only what it takes, without labels: "
+            "[x for x, _ in loader]."
+        ) from error
+    return tuple(batch)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -92,6 +92,13 @@ def test_any_name_of_a_shared_matrix_will_do(pattern):
     assert taken.name == "embed.weight"
 
 
+def test_a_target_that_shares_an_embedding_is_explained(tiny):
+    with pytest.raises(ConfigError, match=r"'lm_head' is an embedding.*\{embeddings: true\}"):
+        find_matrices(tiny("gpt2"), targets=["lm_head"])
+    (taken,) = find_matrices(tiny("gpt2"), targets=["lm_head"], embeddings=True)
+    assert taken.name == "transformer.wte.weight"
+
+
 def packed():
     config = MixtralConfig(
         vocab_size=50,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from hf_prune import sparsify_
 from hf_prune.errors import (
@@ -411,6 +412,28 @@ def test_any_module(criterion):
         with torch.no_grad():
             losses.append(float(sum((model(b) - dense(b)).square().mean() for b in batches)))
     assert losses[1] < losses[0]
+
+
+def test_lists_are_what_a_recipe_and_a_loader_have():
+    """A DataLoader over a TensorDataset gives lists of tensors."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    loader = DataLoader(TensorDataset(torch.randn(32, 8)), batch_size=8)
+    told = {"ignore": ["*bias"], "weights": {"targets": ["0", "2"]}}
+    assert list(sparsify_(net, loader, sparsity=0.5, **told).masks) == ["0.weight", "2.weight"]
+    labelled = DataLoader(TensorDataset(torch.randn(32, 8), torch.zeros(32)), batch_size=8)
+    with pytest.raises(DataError, match=r"2 values, .* of Sequential\.forward .* without labels"):
+        sparsify_(net, labelled, sparsity=0.5)
+    with pytest.raises(ConfigError, match="leave units out"):
+        sparsify_(net, loader, sparsity=0.5, units=["weights"])
+
+
+def test_attention_that_computes_inside_is_explained():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    batches = [torch.randn(4, 5, 16)]
+    with pytest.raises(UnsupportedModelError, match=r"\*out_proj'\. nn\.MultiheadAttention"):
+        sparsify_(encoder, batches, sparsity=0.5)
+    found = sparsify_(encoder, batches, sparsity=0.5, ignore=["*out_proj"])
+    assert list(found.masks) == ["layers.0.linear1.weight", "layers.0.linear2.weight"]
 
 
 def test_what_no_batch_runs_is_named():
