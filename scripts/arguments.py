@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datasets import DatasetDict, load_dataset
 from tasks import TASKS, Columns, Task, file_data
 
+from hf_prune.checkpoint.save import Storage
 from hf_prune.errors import DataError
 from hf_prune.recipe import Recipe
 
@@ -49,6 +50,9 @@ class Arguments:
     )
     output_dir: str = field(default="runs/prune", metadata={"help": "Where results go."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing output folder."})
+    storage: Storage = field(
+        default="dense", metadata={"help": "bitmask: zeros of single weights as one bit each."}
+    )
     save_steps: int = field(
         default=0, metadata={"help": "Steps between checkpoints, beside the output; 0 = none."}
     )

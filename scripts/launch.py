@@ -17,6 +17,7 @@ from hf_prune import HfPruneError, Recipe, load_recipe, push_to_hub, save_result
 from hf_prune.checkpoint.folder import check_output
 from hf_prune.errors import DataError
 from hf_prune.recipe import Distill
+from hf_prune.report.result import check_storage
 from hf_prune.report.table import report_table
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -66,7 +67,7 @@ def _run(
     if not state.is_main_process:
         return
     out = Path(arguments.output_dir)
-    save_result(result, out, overwrite=arguments.overwrite)
+    save_result(result, out, overwrite=arguments.overwrite, storage=arguments.storage)
     Console().print(report_table(result.report))
     print(f"Everything is in {out}: load {out / 'model'} after `import hf_prune`.")
     if arguments.push_to_hub:
@@ -123,6 +124,7 @@ def launch(script: str, kind: Kind, packaged: Packaged, prepare: Prepare = _noth
     try:
         check_output(Path(arguments.output_dir), overwrite=arguments.overwrite)
         recipe = load_recipe(arguments.recipe)
+        check_storage(recipe, arguments.storage)
         if all(stage.stage not in ("prune", "student", "vocabulary") for stage in recipe.stages):
             raise DataError("the recipe makes nothing smaller: there is nothing to do.")
         _run(arguments, script, packaged, recipe, prepare)

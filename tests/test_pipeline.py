@@ -1,5 +1,7 @@
 """compress(): what it gives back, and what it refuses."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -234,6 +236,25 @@ def test_a_result_is_written_whole_and_never_over_another(tiny, inputs_for, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")
+@pytest.mark.parametrize("alone", ["portable", "standalone"])
+def test_a_result_with_zeros_as_bits(alone, tiny, inputs_for, tmp_path):
+    stage = {"stage": "prune", "units": ["weights"], "criterion": "wanda", "sparsity": 0.7}
+    result = compress(tiny("bert"), {"stages": [stage]}, [inputs_for("bert")] * 2)
+    sizes = save_result(result, tmp_path / "out", storage="bitmask")
+    assert 0 < sizes["bytes_stored"] < sizes["bytes_dense"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["storage"] == sizes
+    assert "storage" not in result.report
+    assert "import hf_prune" in (tmp_path / "out" / "README.md").read_text()
+    loaded = type(result.model).from_pretrained(tmp_path / "out" / "model")
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    result.recipe = result.recipe.model_copy(update={alone: True})
+    with pytest.raises(CheckpointError, match=f"{alone}: true asks for a model that loads without"):
+        save_result(result, tmp_path / "other", storage="bitmask")
+    assert not (tmp_path / "other").exists()
+
+
 def test_push_is_one_commit_without_secrets(tiny, inputs_for, tmp_path, monkeypatch):
     result = compress(tiny("bert"), recipe(), [inputs_for("bert", s) for s in range(3)])
     save_result(result, tmp_path / "out")

@@ -29,9 +29,11 @@ def _accuracy(report: dict[str, Any]) -> float | None:
 
 
 def needs_loader(report: dict[str, Any]) -> bool:
-    """Whether the model loads with hf_prune only: a plain config does not say its widths."""
+    """Whether the model loads with hf_prune only: for its widths, or its zeros stored as bits."""
     if report["recipe"].get("portable"):
         return False
+    if "storage" in report:
+        return True
     return any(s.get("kind") == "structure" or s.get("dead_units") for s in report["pruning"])
 
 

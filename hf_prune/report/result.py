@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.checkpoint.folder import staged_folder
-from hf_prune.checkpoint.save import write_model
+from hf_prune.checkpoint.save import Storage, write_model
+from hf_prune.errors import CheckpointError
 from hf_prune.measure.counts import (
     count_bytes,
     count_encoder_parameters,
@@ -85,20 +86,56 @@ def new_report(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def save_result(result: Result, out: "str | Path", *, overwrite: bool = False) -> None:
+def check_storage(recipe: Recipe, storage: Storage) -> None:
+    """Refuse a way to store a model that contradicts its recipe.
+
+    Raises:
+        CheckpointError: for bitmask storage of what is to load without hf_prune.
+    """
+    alone = [name for name in ("portable", "standalone") if getattr(recipe, name)]
+    if storage == "bitmask" and alone:
+        raise CheckpointError(
+            f"bitmask storage is read by hf_prune, and {alone[0]}: true asks for a model that "
+            "loads without it: leave one of them out."
+        )
+
+
+def save_result(
+    result: Result, out: "str | Path", *, overwrite: bool = False, storage: Storage = "dense"
+) -> dict[str, int]:
     """Write a result into a folder, all of it or nothing.
 
     The folder has `model/`, `plan.json`, `recipe.yaml`, `report.json`, `README.md` and `units.svg`.
 
+    Args:
+        result: of `compress`.
+        out: the folder.
+        overwrite: replace an existing one.
+        storage: of the model, as in `save_model`: `dense` or `bitmask`.
+
+    Returns:
+        With bitmask storage the bytes of the weight files, `bytes_dense` and `bytes_stored`, which
+        `report.json` then has as `storage`.
+
     Raises:
         OutputExistsError: when `out` exists and `overwrite` is off: nothing was written.
         NumericsError: when a weight is not finite: nothing was written.
+        CheckpointError: when the recipe asks for a model that loads without hf_prune, and `storage`
+            for one that does not: nothing was written.
     """
+    check_storage(result.recipe, storage)
     with staged_folder(Path(out), overwrite=overwrite) as stage:
-        write_parts(result, stage)
         (stage / "model").mkdir()
-        standalone = result.recipe.standalone
-        write_model(result.model, stage / "model", result.tokenizer, standalone=standalone)
+        sizes = write_model(
+            result.model,
+            stage / "model",
+            result.tokenizer,
+            standalone=result.recipe.standalone,
+            storage=storage,
+        )
+        report = {**result.report, "storage": sizes} if sizes else result.report
+        write_parts(replace(result, report=report), stage)
+    return sizes
 
 
 def write_parts(result: Result, folder: Path) -> None:
