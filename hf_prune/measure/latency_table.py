@@ -26,7 +26,7 @@ from hf_prune.surgery.shared import shared_copy
 
 logger = logging.getLogger(__name__)
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 """Version of the cached file."""
 SHARES = (0.03, 0.06, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Widths to measure, as shares of a site's units."""
@@ -48,7 +48,8 @@ class LatencyTable:
     Attributes:
         total_ns: of the whole model as it is.
         fixed_ns: of the model with every site at its least measured width.
-        points: by kind of block, the measured widths and what each adds to that, for one site.
+        points: by kind and stack of block, the measured widths and what each adds to that, for one
+            site.
     """
 
     total_ns: int
@@ -74,8 +75,12 @@ class LatencyTable:
 
 
 def _group(site: Site) -> str:
-    """What sites must have in common for their widths to cost the same."""
-    shape = (site.kind, site.gate.width, site.parameters, site.macs_per_token)
+    """What sites must have in common for their widths to cost the same.
+
+    Encoder and decoder have their own tokens, and so has what cross-attention looks at.
+    """
+    seen = f"{site.stack}{'.cross' if site.cross else ''}"
+    shape = (site.kind, seen, site.gate.width, site.parameters, site.macs_per_token)
     return "-".join(str(part) for part in shape)
 
 

@@ -90,6 +90,36 @@ def test_a_model_of_uneven_widths_is_learned_exactly(tiny, uneven_plan, clock, e
     assert table.predict_ns(sites, some) == pytest.approx(time_of(some), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["whisper", "t5"])
+def test_encoder_decoder_and_cross_attention_have_their_own_prices(
+    tiny, inputs_for, monkeypatch, name
+):
+    """A machine on which a head of the encoder takes 3, of the decoder 1, across 2 ms."""
+    model = tiny(name)
+    prices = {(True, False): 3.0, (False, False): 1.0, (False, True): 2.0}
+
+    def price(site):
+        return prices["encoder" in site.stack, site.cross] * (1 if site.kind == "heads" else 0.01)
+
+    def compare(models, **_):
+        times = {n: 5 + sum(s.units * price(s) for s in find_sites(m)) for n, m in models.items()}
+        return {n: Latency(t, t, t, t / times["full"]) for n, t in times.items()}
+
+    monkeypatch.setattr(module, "compare_latency", compare)
+    sites = find_sites(model)
+    assert len({_group(site) for site in sites}) == 5
+    table = measure_latency_table(model, sites, SHAPE, rounds=2)
+    for part in ("encoder", "decoder"):
+        counts = {s.name: max(1, s.units // 2) if part in s.stack else s.units for s in sites}
+        told = 1e6 * (5 + sum(counts[s.name] * price(s) for s in sites))
+        assert table.predict_ns(sites, counts) == pytest.approx(told, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "modernbert"])
+def test_one_stack_has_one_price_for_each_kind(tiny, name):
+    assert len({_group(site) for site in find_sites(tiny(name))}) == 2
+
+
 @pytest.mark.parametrize("kinds", [["experts"], ["heads", "expert_neurons"]])
 def test_experts_are_timed_at_widths_that_they_can_have(tiny, clock, kinds):
     model = tiny("mixtral")
@@ -101,10 +131,11 @@ def test_experts_are_timed_at_widths_that_they_can_have(tiny, clock, kinds):
 
 
 def test_tables_never_fall_however_noisy():
-    table = LatencyTable(100, 10, {"heads-8-1-1": {1: 0, 2: 50, 3: 40, 4: 90}})
+    table = LatencyTable(100, 10, {"heads-layers-8-1-1": {1: 0, 2: 50, 3: 40, 4: 90}})
 
     class Fake:
         name, kind, units, parameters, macs_per_token = "a", "heads", 4, 1, 1
+        stack, cross = "layers", False
 
         class gate:
             width = 8
