@@ -12,6 +12,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,6 +32,17 @@ TABLE_VERSION = 2
 SHARES = (0.03, 0.06, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Widths to measure, as shares of a site's units."""
 NS_PER_MS = 1_000_000
+NO_SHAPES = (
+    "_name_or_path",
+    "architectures",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "problem_type",
+    "task_specific_params",
+    "transformers_version",
+)
+"""Keys of a config that say nothing about what a pass computes."""
 
 
 @dataclass(frozen=True)
@@ -232,24 +244,26 @@ def _processor() -> str:
     return next(named, platform.processor())
 
 
+def _told(config: Any) -> Any:
+    """All of a config, with those of its parts, that can matter to time."""
+    if isinstance(config, Mapping):
+        return {str(key): _told(value) for key, value in config.items() if key not in NO_SHAPES}
+    return [_told(value) for value in config] if isinstance(config, list | tuple) else config
+
+
 def _key(model: PreTrainedModel, sites: Sequence[Site], shape: Shape, empty: bool) -> str:
     device = model.device
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
     parts = {
         "version": TABLE_VERSION,
         "model": type(model).__name__,
-        "config": config,
+        "config": _told(model.config.to_dict()),
         "attention": model.config._attn_implementation,
+        "parameters": [(name, [*p.shape], str(p.dtype)) for name, p in model.named_parameters()],
         "sites": [(site.name, site.units, _group(site)) for site in sites],
         "shape": asdict(shape),
         "device": [device.type, named, platform.machine(), os.cpu_count()],
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype),
         "software": [torch.__version__, transformers.__version__],
         **({"empty": True} if empty else {}),
     }
@@ -271,11 +285,25 @@ def _read(path: Path) -> LatencyTable | None:
             for group, each in data["points"].items()
         }
         return LatencyTable(int(data["total_ns"]), int(data["fixed_ns"]), points)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         logger.warning("%s is not a latency table: it is measured again.", path)
         return None
+
+
+def _keep(table: LatencyTable, path: Path) -> None:
+    staged = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps(asdict(table)) + "\n", encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        logger.warning(
+            "the latency table cannot be kept, and will be measured again next time (%s): set "
+            "HF_PRUNE_CACHE to a folder that can be written to.",
+            error,
+        )
 
 
 def latency_table(
@@ -288,8 +316,9 @@ def latency_table(
 ) -> LatencyTable:
     """The table of a model on this machine, measured once and then read from disk.
 
-    The key holds the model's sizes, device, threads, dtype, attention, the shape of the input, and
-    the versions of torch and transformers.
+    The key holds the whole config but for names, the shape and dtype of every parameter, device,
+    threads, attention, the shape of the input, and the versions of torch and transformers. Where
+    the table cannot be written, a warning says so, and it serves this once.
 
     Args:
         model: not changed.
@@ -304,8 +333,5 @@ def latency_table(
         return table
     table = measure_latency_table(model, sites, shape, empty=empty)
     if cache:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".{os.getpid()}.tmp")
-        staged.write_text(json.dumps(asdict(table)) + "\n", encoding="utf-8")
-        staged.replace(path)
+        _keep(table, path)
     return table

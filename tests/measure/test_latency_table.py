@@ -12,10 +12,12 @@ from hf_prune.measure.latency_table import (
     LatencyTable,
     Shape,
     _group,
+    _key,
     latency_table,
     measure_latency_table,
     shaped_like,
 )
+from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import find_sites
 from hf_prune.surgery.remove import remove_units
 
@@ -189,6 +191,51 @@ def test_is_read_back_and_depends_on_what_matters(tiny, clock, tmp_path, monkeyp
     assert all(path.suffix == ".json" for path in files)
     latency_table(tiny("bert"), sites, SHAPE, cache=False)
     assert len(clock) == 4
+
+
+def key(model, kinds=("heads", "neurons")):
+    return _key(model, find_sites(model, kinds), SHAPE, False)
+
+
+def test_another_model_has_another_key(tiny):
+    """Parts that no site is in, parts of the config that are configs, and words are of it, too."""
+    narrow = tiny("bert")
+    sites = find_sites(narrow, ("neurons",))
+    remove_units(narrow, Plan("bert", {s.name: SitePlan(s.kind, s.units, (0,)) for s in sites}))
+    assert key(narrow, ("heads",)) != key(tiny("bert"), ("heads",))
+    other = tiny("bert")
+    other.config.hidden_act = "relu"
+    assert key(other) != key(tiny("bert"))
+    nested = tiny("gemma3")
+    nested.config.text_config.sliding_window = 3
+    assert key(nested) != key(tiny("gemma3"))
+    wide = tiny("bert")
+    wide.resize_token_embeddings(120)
+    wide.config.vocab_size = tiny("bert").config.vocab_size
+    assert key(wide) != key(tiny("bert"))
+
+
+def test_names_are_not_of_the_key(tiny):
+    renamed = tiny("bert")
+    labels = {i: f"class {i}" for i in range(renamed.config.num_labels)}
+    renamed.config.id2label, renamed.config.label2id = labels, {v: k for k, v in labels.items()}
+    renamed.config._name_or_path = renamed.name_or_path = "elsewhere/again"
+    assert key(renamed) == key(tiny("bert"))
+
+
+@pytest.mark.parametrize("place", ["file", "proc"])
+def test_a_cache_that_cannot_be_written_is_no_loss(
+    tiny, clock, tmp_path, monkeypatch, caplog, place
+):
+    (tmp_path / "file").write_text("no folder")
+    places = {"file": tmp_path / "file" / "cache", "proc": "/proc/nope"}
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(places[place]))
+    model = tiny("bert")
+    table = latency_table(model, find_sites(model), SHAPE)
+    assert table.total_ns == pytest.approx((3 + 0.7 * 8 + 0.01 * 96) * 1e6)
+    (record,) = caplog.records
+    assert "cannot be kept" in record.message
+    assert "set HF_PRUNE_CACHE" in record.message
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"total_ns": 1, "fixed_ns": 1, "points": 3}'])
