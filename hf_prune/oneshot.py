@@ -51,7 +51,8 @@ class Analysis:
         rankings: in which order, and what is lost.
         refit_batches: for the re-fit.
         dense: the network that the re-fit aims at; `model` itself, unless it was pruned before.
-        given: the network before anything was pruned, which a floor is measured from.
+        given: the network before anything was pruned, which a floor is measured from, and of
+            which targets are shares.
         seed: of everything random.
         seconds: wall time of each step so far.
     """
@@ -107,7 +108,7 @@ def analyse(
         seed: of everything random.
         dense: what the re-fit aims at, where `model` itself is no longer dense; a parallel one aims
             at `model` all the same, whose units the plan numbers.
-        given: what a floor is measured from; `dense`, if not said.
+        given: what a floor is measured from, and targets are shares of; `dense`, if not said.
 
     Raises:
         ConfigError: when no site is left.
@@ -198,7 +199,9 @@ def prune_once(
         ConfigError: when the stage has a floor and there is no metric.
     """
     start = time.perf_counter()
-    chooser = Chooser(analysis.model, analysis.sites, analysis.rankings, stage)
+    chooser = Chooser(
+        analysis.model, analysis.sites, analysis.rankings, stage, given=analysis.given
+    )
     if stage.floor is not None:
         if metric is None:
             raise ConfigError(

@@ -9,7 +9,7 @@ needs no trained weights.
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -26,7 +26,7 @@ from hf_prune.measure.counts import (
     count_memory,
     count_parameters,
 )
-from hf_prune.measure.latency import compare_latency
+from hf_prune.measure.latency import Latency, compare_latency
 from hf_prune.measure.latency_table import (
     NS_PER_MS,
     LatencyTable,
@@ -100,6 +100,10 @@ class Decision:
         return {**self.selection.to_dict(), **timing}
 
 
+Count = Callable[[PreTrainedModel], int]
+Tables = Mapping[str, tuple[int, ...]]
+
+
 def _allowed(value: "str | int", total: int) -> int:
     if isinstance(value, int):
         return value
@@ -126,31 +130,39 @@ def _table_of_bytes(model: PreTrainedModel, site: Site) -> tuple[int, ...]:
 
 
 def _counted(
-    model: PreTrainedModel, sites: Sequence[Site], stage: Prune, target: Target
+    model: PreTrainedModel,
+    given: PreTrainedModel,
+    sites: Sequence[Site],
+    stage: Prune,
+    target: Target,
 ) -> list[Goal]:
+    """The goals that are counted: shares are of the given model, what goes is of this one."""
     goals = []
     length = stage.sequence_length
+
+    def goal(cost: str, value: "str | int", count: Count, tables: Tables) -> Goal:
+        total = count(model)
+        whole = total if given is model else count(given)
+        return Goal(cost, tables, total, max(0, total - _allowed(value, whole)))
+
     if target.parameters is not None:
-        total = count_parameters(model)
         tables = cost_tables(sites, "parameters", length)
-        goals.append(Goal("parameters", tables, total, total - _allowed(target.parameters, total)))
+        goals.append(goal("parameters", target.parameters, count_parameters, tables))
     if target.macs is not None:
-        total = count_macs(model, length)
         tables = cost_tables(sites, "macs", site_lengths(model, sites, length))
-        goals.append(Goal("macs", tables, total, total - _allowed(target.macs, total)))
+        goals.append(goal("macs", target.macs, lambda each: count_macs(each, length), tables))
     if target.bytes is not None:
-        total = count_memory(model)
         tables = {site.name: _table_of_bytes(model, site) for site in sites}
-        goals.append(Goal("bytes", tables, total, total - _allowed(target.bytes, total)))
+        goals.append(goal("bytes", target.bytes, count_memory, tables))
     return goals
 
 
-def _allowed_ns(target: Target, table: LatencyTable) -> int:
-    limits = []
+def _allowed_ns(target: Target, given_ns: int) -> int:
+    limits: list[float] = []
     if target.latency_ms is not None:
         limits.append(target.latency_ms * NS_PER_MS)
     if target.speedup is not None:
-        limits.append(table.total_ns / share_of(target.speedup))
+        limits.append(given_ns / share_of(target.speedup))
     return int(min(limits))
 
 
@@ -171,6 +183,15 @@ class Chooser:
 
     What is slow (counts, the latency table) is done once. Times are those of the main process, so
     that all processes choose alike; all of them must ask.
+
+    Attributes:
+        model: whose widths are chosen; not changed.
+        sites: of it.
+        rankings: in which order the units of each site go.
+        stage: a structured one.
+        table: from an earlier run; measured where it is needed, if not given.
+        given: the network before anything was pruned, of which targets are shares; `model` itself,
+            if not given.
     """
 
     model: PreTrainedModel
@@ -178,6 +199,7 @@ class Chooser:
     rankings: Mapping[str, Ranking]
     stage: Prune
     table: LatencyTable | None = None
+    given: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
         target = self.stage.target
@@ -200,7 +222,8 @@ class Chooser:
             )
             self.goals.append(goal)
             return
-        self.goals += _counted(self.model, self.sites, self.stage, target)
+        given = self.given or self.model
+        self.goals += _counted(self.model, given, self.sites, self.stage, target)
         if target.timed:
             if self.table is None:
                 empty = any(counts[0] == 0 for counts in levels.values())
@@ -211,7 +234,8 @@ class Chooser:
                     self.table = self.table.times(of_the_main_process(self._moved))
             tables = self.table.tables(self.sites)
             total = self.table.total_ns
-            asked = max(0, total - _allowed_ns(target, self.table))
+            self.given_ns = round(of_the_main_process(self._given_share) * total)
+            asked = max(0, total - _allowed_ns(target, self.given_ns))
             self.goals.append(Goal(LATENCY, tables, total, asked))
 
     def choose(self, scale: float = 1.0, weights: Mapping[str, float] | None = None) -> Decision:
@@ -305,7 +329,7 @@ class Chooser:
             asked_ms=(goal.total - goal.asked) / NS_PER_MS,
             predicted_ms=table.predict_ns(self.sites, counts) / NS_PER_MS,
             measured_ms=of_the_main_process(lambda: self._measure(counts)) * goal.total / NS_PER_MS,
-            dense_ms=goal.total / NS_PER_MS,
+            dense_ms=self.given_ns / NS_PER_MS,
             attempts=attempt,
             shape=self.shape,
         )
@@ -316,12 +340,7 @@ class Chooser:
         Shares of a table hold, but milliseconds are those of a day: of another load, or clock.
         """
         assert self.table is not None  # noqa: S101  # it has been measured
-        now = compare_latency(
-            {"dense": self.model},
-            batch_size=self.shape.batch_size,
-            sequence_length=self.shape.sequence_length,
-            rounds=ROUNDS,
-        )["dense"].median_ms
+        now = self._compare({"dense": self.model})["dense"].median_ms
         moved = now * NS_PER_MS / self.table.total_ns
         if abs(moved - 1) > MOVED:
             logger.warning(
@@ -335,10 +354,18 @@ class Chooser:
     def _measure(self, counts: Mapping[str, int]) -> float:
         """The latency of a model of some widths, as a share of the dense model's."""
         models = {"dense": self.model, "pruned": shaped_like(self.model, counts)}
-        times = compare_latency(
+        return self._compare(models)["pruned"].ratio
+
+    def _given_share(self) -> float:
+        """The latency of the given network, as a share of that of the model to be pruned."""
+        if self.given is None or self.given is self.model:
+            return 1.0
+        return self._compare({"model": self.model, "given": self.given})["given"].ratio
+
+    def _compare(self, models: Mapping[str, PreTrainedModel]) -> dict[str, Latency]:
+        return compare_latency(
             models,
             batch_size=self.shape.batch_size,
             sequence_length=self.shape.sequence_length,
             rounds=ROUNDS,
         )
-        return times["pruned"].ratio

@@ -114,6 +114,40 @@ def machine(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize("key", ["parameters", "macs", "bytes"])
+def test_a_share_of_a_later_stage_is_one_of_the_given_model(tiny, inputs_for, key):
+    """Heads to 0.9, then neurons to 0.7: 0.7 of what was given, not of what was left."""
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(3)]
+    counts = {"parameters": count_parameters, "bytes": count_memory}
+    counted = counts.get(key, lambda each: count_macs(each, 16))
+    (first,) = recipe({key: "0.95x"}, units=["heads"])["stages"]
+    (second,) = recipe({key: "0.85x"}, units=["neurons"])["stages"]
+    result = compress(model, {"stages": [first, second]}, batches)
+    left = counted(result.model) / counted(model)
+    neuron = find_sites(model, ("neurons",))[0].parameters / count_parameters(model)
+    assert 0.85 - 5 * neuron < left <= 0.85, "within some neurons, MACs and bytes included"
+    entry = result.report["pruning"][1]
+    assert entry["total"] - entry["asked_to_remove"] == int(0.85 * counted(model))
+    again = compress(model, {"stages": [first, {**second, "target": {key: "0.99x"}}]}, batches)
+    assert again.report["pruning"][1]["asked_to_remove"] == 0, "the first stage did it all"
+    assert again.report["pruning"][1]["removed"] == 0
+
+
+def test_a_speedup_of_a_later_stage_is_one_over_the_given_model(tiny, inputs_for, machine):
+    machine(1.0)
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(3)]
+    (first,) = recipe({"speedup": "1.1x"}, units=["heads"])["stages"]
+    (second,) = recipe({"speedup": "1.4x"}, units=["neurons"])["stages"]
+    result = compress(model, {"stages": [first, second]}, batches)
+    timing = result.report["pruning"][1]["timing"]
+    dense = targets.compare_latency({"dense": model})["dense"].median_ms
+    left = targets.compare_latency({"left": result.model})["left"].median_ms
+    assert timing["dense_ms"] == pytest.approx(dense, rel=1e-4)
+    assert timing["measured_ms"] == pytest.approx(left, rel=1e-4)
+    assert timing["asked_ms"] == pytest.approx(dense / 1.4, rel=1e-4)
+    assert timing["speedup"] == pytest.approx(1.4, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("wrong_by", [1.0, 0.7, 1.4])
 @pytest.mark.parametrize("target", [{"speedup": "1.4x"}, {"latency_ms": 2.8}])
 def test_a_wrong_table_is_corrected(tiny, machine, wrong_by, target):

@@ -24,14 +24,17 @@ def _as_share(value: object) -> object:
 
 
 Share = Annotated[str | int, BeforeValidator(_as_share)]
-"""`0.5x` of the dense model, or an absolute count."""
+"""`0.5x` of the given model, or an absolute count."""
 
 
 class Target(Model):
-    """What the whole model may cost after a stage. Each one that is given is met."""
+    """What the whole model may cost after a stage. Each one that is given is met.
+
+    Shares are of the model that was given, whatever earlier stages removed.
+    """
 
     parameters: Share | None = None
-    """All parameters of the model: `0.5x` of the dense model, or a count."""
+    """All parameters of the model: `0.5x` of the given model, or a count."""
     macs: Share | None = None
     """Multiply-accumulates of one sequence of the stage's `sequence_length` tokens."""
     bytes: Share | None = None
@@ -39,7 +42,8 @@ class Target(Model):
     latency_ms: float | None = Field(default=None, gt=0)
     """Time of one forward pass on this machine, in milliseconds."""
     speedup: float | str | None = None
-    """How many times as fast a forward pass is to be on this machine: `2x`, or 2.0."""
+    """How many times as fast as the given model's a forward pass is to be on this machine: `2x`, or
+    2.0."""
     batch_size: int = Field(default=1, ge=1)
     """Sequences at once when time is measured, each of the stage's `sequence_length` tokens."""
 
