@@ -170,13 +170,15 @@ def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
         "refitted": len(fitted),
         "seconds": {**analysis.seconds, **seconds},
     }
-    for outcome in () if decision.selection.met else decision.selection.outcomes:
-        logger.warning(
-            "asked to remove %d %s, removed %d: floors and ignored sites hold the rest",
-            outcome.asked,
-            outcome.cost,
-            outcome.removed,
-        )
+    for outcome in decision.selection.outcomes:
+        if not outcome.met:
+            logger.warning(
+                "asked to remove %d %s, removed %d: %s",
+                outcome.asked,
+                outcome.cost,
+                outcome.removed,
+                decision.limit,
+            )
     return Pruned(model, decision, entry)
 
 
@@ -238,7 +240,17 @@ def _search(
     )
     start = chooser.counts_of(decision.selection)
     found = search.run(start, stage.search_trials)
-    return chooser.decision_of(found, decision) if found != start else decision, search.trials
+    if found == start:
+        return decision, search.trials
+    better = chooser.decision_of(found, decision)
+    if better.selection.met or better.wrong <= decision.wrong:
+        return better, search.trials
+    logger.warning(
+        "the widths that the search found are %+.1f %% off the latency that was asked for: those "
+        "that it started from are kept.",
+        100 * better.wrong,
+    )
+    return decision, search.trials
 
 
 @dataclass

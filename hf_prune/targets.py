@@ -87,12 +87,25 @@ class Timing:
         }
 
 
+FLOORS = "floors and ignored sites hold the rest"
+NO_CLOSER = f"of the widths that were timed none came within {TOLERANCE:.0%}"
+
+
 @dataclass(frozen=True)
 class Decision:
-    """A selection, and how its latency was measured where it was asked for."""
+    """A selection, how its latency was measured where it was asked for, and what limits it.
+
+    `limit` says why a goal is not met, where one is not.
+    """
 
     selection: Selection
     timing: Timing | None = None
+    limit: str = FLOORS
+
+    @property
+    def wrong(self) -> float:
+        """How far a measured latency is from the asked one; 0 where none was asked for."""
+        return self.timing.wrong if self.timing else 0.0
 
     def to_dict(self) -> dict[str, object]:
         """For the report."""
@@ -258,7 +271,7 @@ class Chooser:
         counts = {site.name: site.units for site in self.sites}
         model_type = self.model.config.model_type
         made = selection_of(self.sites, self.rankings, counts, self.goals, model_type=model_type)
-        return Decision(made)
+        return Decision(made, limit="no smaller model was found above the floor")
 
     def predict(self, scale: float) -> Selection:
         """The plan that removes `scale` of what the stage asks for, by the table alone."""
@@ -276,7 +289,7 @@ class Chooser:
             return Decision(made)
         goal = self.goals[-1]
         timing = self._timing(goal, counts, self.table, like.timing.attempts)
-        return Decision(_with_timing(made, goal, timing), timing)
+        return self._timed(_with_timing(made, goal, timing), timing)
 
     def goals_met_by(self, decision: Decision) -> list[Goal]:
         """The goals, as far as a decision meets them: no other widths may spend more."""
@@ -320,7 +333,16 @@ class Chooser:
             )
         selection, best = min(found, key=lambda pair: (not pair[1].met, abs(pair[1].wrong)))
         timing = dataclasses.replace(best, attempts=len(found))
-        return Decision(_with_timing(selection, goal, timing), timing)
+        return self._timed(_with_timing(selection, goal, timing), timing)
+
+    def _timed(self, selection: Selection, timing: Timing) -> Decision:
+        """A timed selection, with what keeps it from being faster: floors, or the clock."""
+        limit = FLOORS
+        if not timing.met:
+            everything = [dataclasses.replace(goal, asked=goal.prunable) for goal in self.goals]
+            least = self._decide(everything, self.rankings)
+            limit = FLOORS if selection.plan == least.plan else NO_CLOSER
+        return Decision(selection, timing, limit)
 
     def _timing(
         self, goal: Goal, counts: Mapping[str, int], table: LatencyTable, attempt: int

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_prune import compress, compress_family, save_result
+from hf_prune import compress, compress_family, save_result, targets
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.measure.counts import count_parameters
+from hf_prune.measure.latency_table import LatencyTable, _group
 from hf_prune.plan import rename_layers
 from hf_prune.search import levels
 from hf_prune.sites import find_sites
+from hf_prune.targets import Chooser
 
 STAGE = {"stage": "prune", "sequence_length": 16}
 
@@ -96,6 +98,7 @@ def test_when_no_smaller_model_is_good_enough(tiny, inputs_for, caplog):
     result = compress(model, {"stages": [stage]}, batches, metric=metric)
     assert count_parameters(result.model) == count_parameters(model)
     assert "nothing is removed" in caplog.text
+    assert "removed 0: no smaller model was found above the floor" in caplog.text
 
 
 @pytest.mark.parametrize("number", [float, torch.tensor, np.float32])
@@ -179,6 +182,26 @@ def test_the_level_search_of_a_second_stage_aims_at_the_given_model(tiny, inputs
     stages = [{**STAGE, "sparsity": 0.3}, {**STAGE, "sparsity": 0.5, "search_trials": 2}]
     compress(model, {"stages": stages}, batches)
     assert judged == [count_parameters(model)]
+
+
+@pytest.mark.parametrize("found", [1.2, 0.98])
+def test_a_search_keeps_a_latency_that_was_met(tiny, inputs_for, monkeypatch, caplog, found):
+    """The widths of a search are timed, too: where they are too slow, the first ones stay."""
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(8)]
+    sites, shares = find_sites(model), iter([0.99, found])
+    points = {_group(site): {1: 0, site.units: 300} for site in sites}
+    table = LatencyTable(2000, 800, points)
+    monkeypatch.setattr(targets, "latency_table", lambda *_, **__: table)
+    monkeypatch.setattr(Chooser, "_measure", lambda self, counts: next(shares) / 1.5)
+    other = {site.name: 2 for site in sites}
+    monkeypatch.setattr(levels.LevelSearch, "run", lambda self, start, trials: other)
+    stage = {**STAGE, "target": {"speedup": "1.5x"}, "search_trials": 3}
+    result = compress(model, {"stages": [stage]}, batches)
+    (entry,) = result.report["pruning"]
+    kept = {name: len(site.kept) for name, site in result.plan.sites.items()}
+    assert entry["met"]
+    assert (kept == other) == (found < 1)
+    assert ("+20.0 % off the latency" in caplog.text) == (found > 1)
 
 
 def test_a_floor_needs_a_metric(tiny, inputs_for):

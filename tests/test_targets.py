@@ -77,12 +77,28 @@ def test_absolute_counts_and_several_at_once(tiny, inputs_for):
     assert count_macs(result.model, 16) <= 0.6 * macs
 
 
-def test_what_cannot_be_met_is_said(tiny, inputs_for):
+def test_what_cannot_be_met_is_said(tiny, inputs_for, caplog):
     result = compress(tiny("bert"), recipe({"parameters": 10}), [inputs_for("bert")] * 2)
     (entry,) = result.report["pruning"]
     assert not entry["met"]
     kept = [len(s.kept) for s in result.plan.sites.values()]
     assert set(kept) == {1}
+    assert "floors and ignored sites hold the rest" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit"),
+    [("1.1x", "of the widths that were timed none came within 5%"), ("50x", "floors and ignored")],
+)
+def test_why_a_latency_is_missed(tiny, inputs_for, machine, monkeypatch, caplog, asked, limit):
+    """A clock that no width moves enough; or everything that may go is gone."""
+    machine(1.0)
+    monkeypatch.setattr(Chooser, "_measure", lambda self, counts: 0.97)
+    told = recipe({"speedup": asked, "parameters": "0.99x"}, reconstruct=False)
+    compress(tiny("bert"), told, [inputs_for("bert", s) for s in range(3)])
+    (record,) = [r for r in caplog.records if "asked to remove" in r.message]
+    assert "latency_ns" in record.message, "the other goal is met"
+    assert limit in record.message
 
 
 @pytest.fixture
