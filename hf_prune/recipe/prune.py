@@ -56,8 +56,8 @@ class Prune(Model):
     cost: Literal["parameters", "macs"] = "parameters"
     """What `sparsity` counts. MACs are those of one sequence of `sequence_length` tokens."""
     sparsity: float | None = None
-    """Fraction to remove, in [0, 1). Either this or `target`; a pattern such as 2:4, or a template,
-    can say it by itself."""
+    """Fraction to remove, in [0, 1). Either this or `target`; a pattern such as 2:4, a template, or
+    `weights: {threshold_std: ...}` can say it by itself."""
     weights: Weights | None = None
     """More about a stage of single weights."""
     target: Target | None = None
@@ -216,12 +216,26 @@ class Prune(Model):
                 f"pattern {self.single.pattern} removes {implied:g} of the weights: leave sparsity "
                 "out, or write that"
             )
-        given = (self.sparsity is not None) + (self.target is not None)
+        self._check_threshold()
+        goals = (self.sparsity, self.target, self.single.threshold_std)
+        given = sum(goal is not None for goal in goals)
         if implied is None and given != 1 and (given or not self._templated):
-            raise ValueError("give either sparsity or target")
+            raise ValueError("give either sparsity or target, or of weights threshold_std")
         if self.target is not None and not self.structural:
             raise ValueError("target is for heads and neurons: give sparsity to single weights")
         return self
+
+    def _check_threshold(self) -> None:
+        if self.single.threshold_std is None:
+            return
+        if self.joint or self.schedule is not None:
+            raise ValueError("threshold_std is for weights alone, in one shot: give a sparsity")
+        if self.single.pattern != "unstructured" or self.single.rank == "row":
+            raise ValueError(
+                "threshold_std looks at each weight of a matrix: leave pattern, rank out"
+            )
+        if self.solver != "uniform":
+            raise ValueError("threshold_std leaves the solver nothing to decide: leave it out")
 
     @model_validator(mode="after")
     def _gradual(self) -> "Prune":
@@ -319,13 +333,15 @@ class Prune(Model):
         """The sparsity of a stage that is known to have one.
 
         Raises:
-            ConfigError: when it has a target instead.
+            ConfigError: when it has a target, or a threshold, instead.
         """
         sparsity = self.sparsity if self._implied is None else self._implied
         if sparsity is None and self.target is None and self._templated:
             return 0.0  # no more than what the template takes
         if sparsity is None:
-            raise ConfigError("this stage has a target and no sparsity.")
+            raise ConfigError(
+                "this stage has no sparsity, but a target or a threshold: give a sparsity."
+            )
         return sparsity
 
     @property

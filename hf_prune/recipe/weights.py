@@ -20,6 +20,10 @@ class Weights(Model):
     pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
     """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
     rows x columns (`4x1`)."""
+    threshold_std: float | None = Field(default=None, gt=0)
+    """In the place of `sparsity`, with `criterion: magnitude` or `magnitude_sigma`: every weight
+    goes that is smaller than this many standard deviations of its matrix (arXiv:1506.02626). The
+    report says which sparsity follows."""
     rank: Literal["auto", "row", "matrix"] = "auto"
     """Which entries of a matrix are ranked together. `auto`: rows in models that generate, where
     that was measured to be better, else the whole matrix."""

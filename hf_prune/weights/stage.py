@@ -14,18 +14,20 @@ from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError, NumericsError
 from hf_prune.recipe import RIDGE, Prune, did_you_mean, explain
-from hf_prune.weights.budgets import BUDGETS, allot
+from hf_prune.weights.budgets import BUDGETS, Removed, allot
 from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
 from hf_prune.weights.inputs import check_followed
 from hf_prune.weights.patterns import Pattern, parse_pattern
-from hf_prune.weights.problem import CRITERIA, DATA_FREE, GRADIENTS, Options
+from hf_prune.weights.problem import CRITERIA, DATA_FREE, GRADIENTS, Options, data_free_scores
 from hf_prune.weights.progress import Progress, digest_of
 from hf_prune.weights.prune import Pruned, prune_weights_
 from hf_prune.weights.walk import Inputs
 
 MEASURED = ("outliers", "knapsack")
 """Solvers that read calibration batches."""
+BY_SIZE = ("magnitude_sigma", "magnitude")
+"""Criteria that rank a matrix by the sizes of its weights."""
 
 
 def check_weight_stage(stage: Prune) -> None:
@@ -42,6 +44,11 @@ def check_weight_stage(stage: Prune) -> None:
         if name not in known:
             raise ConfigError(f"unknown {kind} {name!r} for weights{did_you_mean(name, known)}")
     _check_nothing_ignored(stage)
+    if stage.single.threshold_std is not None and stage.criterion not in BY_SIZE:
+        raise ConfigError(
+            f"threshold_std is of sizes, and criterion {stage.criterion!r} ranks by something "
+            f"else: write criterion: {BY_SIZE[0]}."
+        )
     pattern = parse_pattern(stage.single.pattern)
     if pattern.kind == "n:m" and stage.solver != "uniform":
         raise ConfigError(
@@ -84,10 +91,11 @@ def needs_data(stage: Prune) -> bool:
 
 
 def _pattern(model: nn.Module, stage: Prune) -> Pattern:
-    """With `rank: auto` in rows of models that generate, but for one ranking of all matrices."""
+    """With `rank: auto` in rows of models that generate, but for one ranking, or a threshold."""
     rank = stage.single.rank
     generates = isinstance(model, PreTrainedModel) and bool(model.can_generate())
-    in_rows = generates and stage.solver != "global"
+    whole = stage.solver == "global" or stage.single.threshold_std is not None
+    in_rows = generates and not whole
     return parse_pattern(stage.single.pattern, rows=rank == "row" or (rank == "auto" and in_rows))
 
 
@@ -119,6 +127,24 @@ def find_stage(model: nn.Module, stage: Prune) -> list[Matrix]:
     if not matrices:
         raise ConfigError(f"no weight is left to prune: ignore={list(stage.ignore)} matches all.")
     return matrices
+
+
+def _below(matrices: Sequence[Matrix], threshold: float) -> Removed:
+    """How many entries of each matrix are smaller than so many of its standard deviations."""
+    result = Removed()
+    for matrix in matrices:
+        counts = []
+        for group, weight in enumerate(matrix.view(matrix.parameter.detach())):
+            sizes = data_free_scores("magnitude_sigma", matrix.name, group, weight, 0)
+            counts.append(int((sizes < threshold).sum()))
+            if counts[-1] == weight.numel():
+                raise ConfigError(
+                    f"threshold_std={threshold:g}: no weight of {matrix.name} is that large, so "
+                    f"that nothing would stay; the largest has {float(sizes.max()):.3g} standard "
+                    "deviations. Write less, or leave it out with ignore."
+                )
+        result[matrix.name] = counts
+    return result
 
 
 def _progress(
@@ -173,7 +199,10 @@ def prune_stage_(
         told = (stage.criterion, seed, stage.projections)
         scores = gradient_scores(model, matrices, batches, *told)
     options = options_of(model, stage, seed, scores)
-    removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
+    if stage.single.threshold_std is not None:
+        removed = _below(matrices, stage.single.threshold_std)
+    else:
+        removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
     kept = _progress(progress, model, stage, batches, seed)
     result = prune_weights_(model, matrices, removed, options, batches, progress=kept)
     total = sum(mask.numel() for mask in result.masks.values())
@@ -212,8 +241,9 @@ def sparsify_(
         seed: of everything random.
         progress: a folder in which finished layers of a known family are kept: a run that was
             broken off goes on there when the dense module is passed again.
-        fields: of a recipe's stage `prune` with `units: [weights]`: `sparsity` or
-            `weights={"pattern": "2:4"}`, `criterion`, `solver`, `ignore`.
+        fields: of a recipe's stage `prune` with `units: [weights]`: `sparsity`,
+            `weights={"pattern": "2:4"}` or `{"threshold_std": 0.5}`, `criterion`, `solver`,
+            `ignore`.
 
     Returns:
         `masks` by parameter name, True where a weight stays: `KeepZeros(masks)` keeps zeros in a

@@ -360,6 +360,45 @@ def test_defaults_and_needs():
     assert parse_pattern(told.single.pattern) == Pattern()
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "magnitude_sigma"])
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_a_threshold_in_standard_deviations(criterion, reconstruct, tiny, inputs_for):
+    """By each matrix alone, packed experts too; not by rows, though the model generates."""
+    model = tiny("mixtral")
+    before = {m.name: m.view(m.parameter.detach().clone()) for m in find_matrices(model)}
+    told = {"criterion": criterion, "sparsity": None, "reconstruct": reconstruct}
+    single = {"threshold_std": 0.5, "dense_target": False}
+    result, entry = prune_stage_(model, stage(**told, weights=single), [inputs_for("mixtral")], 0)
+    for matrix in find_matrices(model):
+        old, mask = before[matrix.name], matrix.view(result.masks[matrix.name])
+        for weight, kept in zip(old, mask, strict=True):
+            assert torch.equal(kept, weight.abs() >= 0.5 * weight.std()), matrix.name
+    removed = sum(int((~mask).sum()) for mask in result.masks.values())
+    assert entry["removed"] == removed
+    assert entry["sparsity"] == pytest.approx(removed / entry["total"])
+    assert 0.2 < entry["sparsity"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": 0.5}, "give either sparsity or target, or of weights threshold_std"),
+        ({"schedule": {}}, "in one shot: give a sparsity"),
+        ({"units": ("heads", "weights"), "criterion": "taylor"}, "in one shot: give a sparsity"),
+        ({"weights": {"threshold_std": 1.0, "pattern": "2:4"}}, "leave pattern, rank out"),
+        ({"weights": {"threshold_std": 1.0, "rank": "row"}}, "leave pattern, rank out"),
+        ({"solver": "global"}, "leaves the solver nothing to decide"),
+        ({"criterion": "admm"}, "criterion 'admm' ranks by something else"),
+        ({"weights": {"threshold_std": 9.0}}, r"no weight of weight is that large.* largest has"),
+    ],
+)
+def test_a_threshold_that_cannot_be_followed(fields, message):
+    plain = {"criterion": "magnitude", "sparsity": None, "weights": {"threshold_std": 1.0}}
+    told = {"units": ("weights",), **plain, **fields}
+    with pytest.raises(ValueError, match=message):
+        prune_stage_(nn.Linear(3, 3), Prune(**told), [torch.randn(4, 3)], 0)
+
+
 def test_a_pattern_says_its_sparsity():
     told = stage(sparsity=None, weights={"pattern": "2:8"})
     assert told.fraction == 0.75
