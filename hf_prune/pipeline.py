@@ -126,12 +126,13 @@ def _start_report(
 
 def _all_stages(
     model: PreTrainedModel,
+    given: PreTrainedModel,
     recipe: Recipe,
     batches: Sequence[Batch],
     report: dict[str, Any],
     search: tuple[Metric | None, Experience | None],
 ) -> tuple[PreTrainedModel, Plan, Masks]:
-    """One stage after the other. Re-fits aim at the given model, as long as widths allow it."""
+    """One stage after the other. Re-fits aim at `model`, as long as widths allow it."""
     pruned = aim = model
     plan, masks = Plan(model.config.model_type), Masks()
     for stage in recipe.prune_stages:
@@ -141,7 +142,7 @@ def _all_stages(
         elif stage.structural:
             narrows = HIDDEN in stage.units
             goal = pruned if narrows else aim
-            analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal, given=model)
+            analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal, given=given)
             done = prune_once(analysis, stage, *search)
             pruned, step, entries = done.model, done.decision.selection.plan, [done.entry]
             aim = copy.deepcopy(pruned) if narrows else aim
@@ -227,20 +228,65 @@ def compress(
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
     recipe = _check(model, recipe)
+    words = _words(recipe, tokenizer, texts)
+    result = _pruned(model, model, recipe, calibration, (metric, experience))
+    result.tokenizer = tokenizer
+    _finish(result, model, words)
+    return result
+
+
+def prune_further(
+    model: PreTrainedModel,
+    given: PreTrainedModel,
+    recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
+    calibration: Iterable[Batch] | None = None,
+    *,
+    metric: Metric | None = None,
+    experience: "str | os.PathLike[str] | None" = None,
+) -> Result:
+    """`compress` of a model that earlier stages, and training between them, made of another one.
+
+    Args:
+        model: as in `compress`; re-fits aim at it.
+        given: what it was made of: targets are shares of it, and a floor is measured from it.
+        recipe: as in `compress`, without a stage of the vocabulary.
+        calibration: as in `compress`.
+        metric: as in `compress`.
+        experience: as in `compress`.
+
+    Raises:
+        CheckpointError: as in `compress`.
+        ConfigError: as in `compress`.
+        DataError: as in `compress`.
+        NumericsError: as in `compress`.
+        UnsupportedModelError: as in `compress`.
+    """
+    recipe = _check(model, recipe)
+    result = _pruned(model, given, recipe, calibration, (metric, experience))
+    _finish(result, model, None)
+    return result
+
+
+def _pruned(
+    model: PreTrainedModel,
+    given: PreTrainedModel,
+    recipe: Recipe,
+    calibration: Iterable[Batch] | None,
+    search: "tuple[Metric | None, str | os.PathLike[str] | None]",
+) -> Result:
+    """What the prune stages of a recipe make of a model."""
+    metric, experience = search
     floors = any(stage.floor is not None for stage in recipe.prune_stages)
     if not floors and (metric is not None or experience is not None):
         raise ConfigError(
             "metric and experience are for a stage with a floor: leave them out, or write "
             "floor: {drop: 0.01}."
         )
-    words = _words(recipe, tokenizer, texts)
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
     store = None if experience is None else Experience(os.fspath(experience))
-    pruned, plan, masks = _all_stages(model, recipe, batches, report, (metric, store))
-    result = Result(pruned, plan, report, recipe, masks, tokenizer)
-    _finish(result, model, words)
-    return result
+    pruned, plan, masks = _all_stages(model, given, recipe, batches, report, (metric, store))
+    return Result(pruned, plan, report, recipe, masks)
 
 
 def compress_family(

@@ -36,12 +36,12 @@ from hf_prune import (
     PruneCallback,
     Recipe,
     Result,
-    compress,
     last_checkpoint,
     make_student,
     prepare_trainer,
 )
 from hf_prune.errors import DataError
+from hf_prune.pipeline import prune_further
 from hf_prune.plan import Plan
 from hf_prune.recipe import Distill, Prune, Student, Train, Vocabulary
 from hf_prune.report.result import measure_stage, new_report
@@ -275,7 +275,10 @@ class Job:
         metric = self.score_for_floor if stage.floor is not None else None
         batches = self._examples(stage)
         known = self.arguments.experience if stage.floor is not None else None
-        result = compress(self.model, one, batches, metric=metric, experience=known)
+        assert self.dense is not None  # noqa: S101  # noted before the first prune stage
+        result = prune_further(
+            self.model, self.dense, one, batches, metric=metric, experience=known
+        )
         self.model = result.model
         self.plan = self.plan.then(result.plan.moved(self.layers))
         self._note_layers(result.layers)

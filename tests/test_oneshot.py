@@ -8,6 +8,7 @@ from hf_prune import compress, compress_family, save_result, targets
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.measure.latency_table import LatencyTable, _group
+from hf_prune.pipeline import prune_further
 from hf_prune.plan import rename_layers
 from hf_prune.search import levels
 from hf_prune.sites import find_sites
@@ -168,6 +169,29 @@ def test_a_second_stage_is_measured_from_the_given_model(reconstruction, tiny, i
     told = {"stages": [first, second]}
     result = compress(model, told, batches, metric=lambda m: count_parameters(m) / total)
     assert result.report["pruning"][1]["floor"]["least"] == pytest.approx(0.4)
+
+
+def test_training_between_stages_moves_no_target(tiny, inputs_for):
+    """Two calls, as of a script that trains between them, are two stages of one recipe."""
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+    plain = {**STAGE, "criterion": "magnitude", "reconstruct": False}
+    first = {**plain, "units": ["heads"], "target": {"macs": "0.9x"}}
+    second = {**plain, "units": ["neurons"], "target": {"macs": "0.7x"}}
+    together = compress(model, {"stages": [first, second]}, batches)
+    before = compress(model, {"stages": [first]}, batches)
+    after = prune_further(before.model, model, {"stages": [second]}, batches)
+    assert same(after.model, together.model)
+    assert after.report["pruning"] != compress(before.model, {"stages": [second]}).report["pruning"]
+    total = count_parameters(model)
+    floor = {**STAGE, "sparsity": 0.6, "floor": {"drop": 0.6, "trials": 3}}
+    found = prune_further(
+        before.model,
+        model,
+        {"stages": [floor]},
+        batches,
+        metric=lambda m: count_parameters(m) / total,
+    )
+    assert found.report["pruning"][0]["floor"]["least"] == pytest.approx(0.4)
 
 
 def test_the_level_search_of_a_second_stage_aims_at_the_given_model(tiny, inputs_for, monkeypatch):
