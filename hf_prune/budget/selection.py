@@ -112,5 +112,5 @@ def decide(
     ready = prepare(sites, rankings, stage)
     counts = allocate(sites, ready.rankings, goals, solver=stage.solver, levels=ready.levels)
     if stage.even:
-        counts = even_counts(sites, counts, ready.levels)
+        counts = even_counts(sites, ready.rankings, counts, goals, ready.levels)
     return selection_of(sites, ready.rankings, counts, goals, model_type=model_type)

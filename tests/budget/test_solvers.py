@@ -16,6 +16,7 @@ from hf_prune.budget.selection import decide
 from hf_prune.budget.solvers import SOLVERS, get_solver
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
+from hf_prune.measure.lengths import site_lengths
 from hf_prune.recipe import Prune, UniformWidth
 from hf_prune.sites import find_sites
 
@@ -361,8 +362,56 @@ def test_floors_of_sites_and_empty_sublayers(tiny, solver):
 
 def test_even_widths_honour_every_floor():
     sites = [toy_site("a", "heads", 8), toy_site("b", "heads", 8)]
+    rankings = {name: Ranking.from_scores(torch.ones(8)) for name in "ab"}
     levels = {"a": [1, 2, 4, 8], "b": [3, 4, 8]}
-    assert even_counts(sites, {"a": 2, "b": 7}, levels) == {"a": 4, "b": 4}
-    assert even_counts(sites, {"a": 1, "b": 3}, levels) == {"a": 4, "b": 4}, "the floor holds"
+
+    def even(counts, levels):
+        return even_counts(sites, rankings, counts, [], levels)
+
+    assert even({"a": 2, "b": 7}, levels) == {"a": 4, "b": 4}
+    assert even({"a": 1, "b": 3}, levels) == {"a": 4, "b": 4}, "the floor holds"
     with pytest.raises(ConfigError, match="no number of heads in common"):
-        even_counts(sites, {"a": 1, "b": 3}, {"a": [2], "b": [3]})
+        even({"a": 1, "b": 3}, {"a": [2], "b": [3]})
+
+
+def test_even_widths_go_down_until_all_goals_are_met():
+    """Heads that cost 10 and 1: their mean costs more than what the solver chose."""
+    sites = [toy_site("self", "heads", 8), toy_site("cross", "heads", 8)]
+    sites += [toy_site("ffn", "neurons", 8)]
+    flat = {site.name: Ranking.from_scores(torch.ones(8)) for site in sites}
+    dear = {**flat, "ffn": Ranking.from_scores(torch.full((8,), 50.0))}
+    prices = {"self": 10, "cross": 1, "ffn": 5}
+    tables = {name: tuple(range(0, 9 * price, price)) for name, price in prices.items()}
+    every = {site.name: list(range(1, 9)) for site in sites}
+    chosen = {"self": 2, "cross": 8, "ffn": 4}
+
+    def even(rankings, budget):
+        total = sum(table[-1] for table in tables.values())
+        goals = [Goal("macs", tables, total, total - budget)]
+        return even_counts(sites, rankings, chosen, goals, every)
+
+    assert even(flat, 88) == {"self": 5, "cross": 5, "ffn": 4}, "no less than the goal asks for"
+    assert even(flat, 48) == {"self": 2, "cross": 2, "ffn": 4}, "a pair of heads saves 11"
+    assert even(dear, 48) == {"self": 2, "cross": 2, "ffn": 4}
+    cheap = {**flat, "ffn": Ranking.from_scores(torch.full((8,), 0.1))}
+    assert even(cheap, 66) == {"self": 5, "cross": 5, "ffn": 2}, "what loses least goes"
+    assert even(flat, 3) == {"self": 1, "cross": 1, "ffn": 1}, "floors hold"
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.45, 0.55, 0.7])
+def test_even_widths_meet_a_goal_in_macs(tiny, sparsity):
+    """Cross-attention goes first, and its heads save other MACs than those of self-attention."""
+    model = tiny("whisper")
+    sites = find_sites(model)
+    worth = {s.name: 1.0 if s.cross else 1e4 if s.kind == "heads" else 1e2 for s in sites}
+    rankings = {s.name: ranking_of(torch.full((s.units,), worth[s.name])) for s in sites}
+    stage = Prune(sparsity=sparsity, cost="macs", even=True)
+    goal = make_goal(sites, "macs", sparsity, tokens=site_lengths(model, sites, 4))
+    result = decide(sites, rankings, stage, [goal], model_type="whisper")
+    assert result.met
+    for kind in ("heads", "neurons"):
+        stacks = {}
+        for site in sites:
+            if site.kind == kind:
+                stacks.setdefault(site.stack, set()).add(len(result.plan.sites[site.name].kept))
+        assert all(len(counts) == 1 for counts in stacks.values())
