@@ -19,8 +19,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from hf_prune.checkpoint.bitmask import VALUES
 from hf_prune.checkpoint.folder import staged_folder
 from hf_prune.checkpoint.manifest import MANIFEST, write_manifest
 from hf_prune.errors import (
@@ -32,8 +33,10 @@ from hf_prune.errors import (
 )
 from hf_prune.recipe import Prune, load_recipe
 from hf_prune.sites import base_model, find_sites
-from hf_prune.statistics.batches import Batch, forward_kwargs, take, token_mask
-from hf_prune.statistics.streams import Enough, Stream, by_layer, recorded
+from hf_prune.statistics.batches import Batch, take
+from hf_prune.statistics.entry import first_inputs
+from hf_prune.statistics.streams import Stream, by_layer
+from hf_prune.surgery.description import QUANT_METHOD, TABLES
 from hf_prune.weights.budgets import uniform
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.problem import GRADIENTS
@@ -137,14 +140,28 @@ def _swap(parameter: nn.Parameter, value: Tensor) -> None:
     torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=False))
 
 
+def _check_plain(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse what the config says is no chain of plain layers."""
+    stored = getattr(config, "quantization_config", None)
+    told = stored if isinstance(stored, Mapping) else vars(stored) if stored is not None else {}
+    if told and told.get("quant_method") != QUANT_METHOD:
+        raise UnsupportedModelError(f"{folder} is quantized: prune first, then quantize.")
+    if any(told.get(table) for table in TABLES):
+        raise UnsupportedModelError(
+            f"{folder} has lost units, and not the shapes that its class says: load the model and "
+            "use compress()."
+        )
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{folder}: from disk to disk only models are pruned whose layers form one chain, "
+            "and here a decoder reads what an encoder gave. Load the model and use compress()."
+        )
+
+
 def _empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder without memory for its weights, its buffers computed."""
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is not None or config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{folder}: from disk to disk only plain models are pruned whose layers form one "
-            "chain. Load the model and use compress()."
-        )
+    _check_plain(folder, config)
     names = config.architectures or []
     model_class = getattr(transformers, names[0], None) if names else None
     if model_class is None:
@@ -168,44 +185,6 @@ def _empty_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _first_inputs(walk: _Walk, batches: Sequence[Batch], layers: Sequence[str]) -> list[Stream]:
-    """What enters the first layer, and how the others are called, without running any.
-
-    Raises:
-        UnsupportedModelError: where layers do not simply pass hidden states on.
-    """
-    base = base_model(walk.model)
-    modules = [base.get_submodule(layer) for layer in layers]
-    for module in modules:
-        module.forward = _pass_on(last=module is modules[-1])
-    streams = []
-    try:
-        for batch in batches:
-            with recorded(base, layers) as record, contextlib.suppress(Enough):
-                walk.model(**forward_kwargs(walk.model, batch, labels=False))
-            hidden = record[layers[0]][0]
-            if record.keys() != set(layers) or record[layers[-1]][0].shape != hidden.shape:
-                raise UnsupportedModelError(
-                    f"the layers of {type(walk.model).__name__} do not simply pass hidden states "
-                    "on: load the model and use compress()."
-                )
-            calls = {name: call for name, (_, call) in record.items()}
-            streams.append(Stream(token_mask(walk.model, batch), hidden, hidden, calls))
-    finally:
-        for module in modules:
-            del module.forward
-    return streams
-
-
-def _pass_on(*, last: bool) -> Any:
-    def forward(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if last:
-            raise Enough
-        return hidden
-
-    return forward
-
-
 def _check(model: PreTrainedModel, stage: Prune, shards: _Shards) -> None:
     """Refuse what cannot be done layer by layer, before anything is written."""
     check_weight_stage(stage)
@@ -226,6 +205,11 @@ def _check(model: PreTrainedModel, stage: Prune, shards: _Shards) -> None:
         raise ConfigError(
             f"{', '.join(asked)}: not from disk to disk, where one layer is in memory at a time. "
             "Leave it out, or load the model and use compress()."
+        )
+    if any(name.endswith(VALUES) for name in shards.files):
+        raise UnsupportedModelError(
+            f"{shards.folder} is stored as a bitmask: load the model, and save it with "
+            "storage='dense' first."
         )
     names = dict(model.named_parameters())
     missing = [name for name in names if name not in shards.files]
@@ -357,7 +341,7 @@ def _begin(walk: _Walk, batches: Sequence[Batch], layers: Sequence[str]) -> list
     starts = tuple(f"{name}." for name in _layer_names(model, layers))
     rest = [name for name, _ in model.named_parameters() if not name.startswith(starts)]
     types = walk.load(rest)
-    streams = _first_inputs(walk, batches, list(layers))
+    streams = first_inputs(model, batches, list(layers))
     others = {name: model.get_parameter(name).detach().to(types[name]) for name in rest}
     walk.write("rest.safetensors", others)
     return streams

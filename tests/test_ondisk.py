@@ -10,17 +10,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from words import word_tokenizer
 
-from hf_prune import ondisk, verify
+from hf_prune import ondisk, remove_units, save_model, verify
 from hf_prune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_prune.ondisk import prune_folder
+from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import Prune, Recipe
+from hf_prune.sites import find_sites
 from hf_prune.weights import prune as room
 from hf_prune.weights.stage import prune_stage_
 from hf_prune_cli import main
 
 
 def stage(**fields):
-    told = {"sparsity": 0.5, "ignore": ("lm_head*", "embed_out*"), **fields}
+    told = {
+        "sparsity": 0.5,
+        "ignore": ("lm_head*", "embed_out*", "*classifier*", "*pooler*"),
+        **fields,
+    }
     return Prune(units=("weights",), min_calibration_samples=1, **told)
 
 
@@ -29,7 +35,11 @@ def saved(model, folder, **kwargs):
     return folder
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "gemma2", "mistral"])
+TAKEN = ("llama", "gpt2", "opt", "qwen3", "gemma2", "mistral", "mpnet", "deberta-v2")
+"""Of both ways in which layers give hidden states: alone, and first of several things."""
+
+
+@pytest.mark.parametrize("name", TAKEN)
 @pytest.mark.parametrize("shards", ["5GB", "20KB"])
 def test_the_same_as_in_memory(name, shards, tiny, inputs_for, tmp_path):
     model, batches = tiny(name), [inputs_for(name, seed) for seed in range(2)]
@@ -148,11 +158,46 @@ def test_a_source_that_is_not_whole(tiny, inputs_for, tmp_path):
         prune_folder(source, tmp_path / "out", stage(), [inputs_for("llama")])
 
 
-def test_models_that_are_not_a_chain_of_layers(tiny, inputs_for, tmp_path):
-    source = saved(tiny("t5"), tmp_path / "dense")
-    with pytest.raises(UnsupportedModelError):
-        prune_folder(source, tmp_path / "out", stage(), [inputs_for("t5")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("t5", "a decoder reads what an encoder gave"),
+        ("albert", "each once and in one chain"),
+        ("clip", "each once and in one chain"),
+    ],
+)
+def test_models_that_are_not_a_chain_of_layers(name, message, tiny, inputs_for, tmp_path):
+    """Layers that run again, or in towers, would be pruned from what they never see."""
+    source = saved(tiny(name), tmp_path / "dense")
+    with pytest.raises(UnsupportedModelError, match=message):
+        prune_folder(source, tmp_path / "out", stage(), [inputs_for(name)])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_the_model_is_told_as_it_is(tiny, inputs_for, tmp_path):
+    source, batch = saved(tiny("gpt2"), tmp_path / "dense"), inputs_for("gpt2")
+    batch["position_ids"] = torch.full_like(batch["input_ids"], 999)
+    with pytest.raises(IndexError, match="index out of range"):
+        prune_folder(source, tmp_path / "out", stage(), [batch])
+
+
+def test_what_hf_prune_saved(tiny, inputs_for, tmp_path):
+    """Bits and other shapes are refused with the way out, which works."""
+    bits, dense, small = (tmp_path / name for name in ("bits", "dense", "small"))
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[:40] = 0
+    save_model(model, bits, storage="bitmask")
+    told = stage(), [inputs_for("llama")]
+    with pytest.raises(UnsupportedModelError, match="is stored as a bitmask: load the model, and"):
+        prune_folder(bits, tmp_path / "out", *told)
+    save_model(AutoModelForCausalLM.from_pretrained(bits), dense)
+    assert prune_folder(dense, tmp_path / "out", *told)["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    site = find_sites(model)[0]
+    remove_units(model, Plan("llama", {site.name: SitePlan(site.kind, site.units, (0,))}))
+    save_model(model, small)
+    with pytest.raises(UnsupportedModelError, match="has lost units"):
+        prune_folder(small, tmp_path / "other", *told)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_neox"])
