@@ -44,13 +44,24 @@ class Matrix:
         return self.parameter.numel()
 
     def view(self, values: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as `[groups, R, C]`: rows are outputs. Never a copy."""
+        """A tensor of the parameter's shape as `[groups, R, C]`: rows are outputs. For reading.
+
+        It is a copy where strides have no such view, as those of `channels_last`.
+        """
         if self.kind == "experts":
             return values.transpose(1, 2) if self.transposed else values  # [X, R, C]
         if self.transposed:
             return values.T.unsqueeze(0)  # [C, R] -> [1, R, C]
-        rows = values.shape[0] // self.groups
-        return values.reshape(values.shape[0], -1).view(self.groups, rows, -1)  # [G, R, C]
+        matrices: Tensor = values.flatten(1).unflatten(0, (self.groups, -1))  # [G, R, C]
+        return matrices
+
+    def write_(self, values: Tensor, group: int, new: Tensor) -> None:
+        """Write `[R, C]` into one group of a tensor of the parameter's shape, of any strides."""
+        if self.kind == "experts" or self.transposed:
+            self.view(values)[group].copy_(new)  # transposing is never a copy
+        else:
+            part = values.unflatten(0, (self.groups, -1))[group]  # [R, ...]
+            part.copy_(new.reshape(part.shape))
 
 
 def _experts(prefix: str, module: nn.Module) -> Iterator[Matrix]:
@@ -182,4 +193,4 @@ def find_weights(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Tens
 def set_values_(matrix: Matrix, group: int, values: Tensor) -> None:
     """Write the `[R, C]` values of one group into the parameter, in its dtype and layout."""
     with torch.no_grad():
-        matrix.view(matrix.parameter.data)[group].copy_(values)
+        matrix.write_(matrix.parameter.data, group, values)

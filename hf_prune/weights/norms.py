@@ -95,6 +95,6 @@ def prune_by_norms(
         lost = scores.double().square()
         error = float((lost * ~kept).sum() / lost.sum().clamp(min=1e-30))
         mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
-        matrix.view(mask)[0].copy_(kept)
+        matrix.write_(mask, 0, kept)
         set_values_(matrix, 0, torch.where(kept, weight, 0))
         yield matrix, mask, error

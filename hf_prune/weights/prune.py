@@ -70,7 +70,7 @@ def _prune_without_data(matrices: Sequence[Matrix], removed: Removed, options: O
         for group, weight in enumerate(matrix.view(matrix.parameter.data)):
             scores = options.scores_of(matrix.name, group, weight)
             kept = keep(scores, removed[matrix.name][group], options.pattern)
-            matrix.view(mask)[group].copy_(kept)
+            matrix.write_(mask, group, kept)
             set_values_(matrix, group, torch.where(kept, weight, 0))
         result.masks[matrix.name] = mask
     return result

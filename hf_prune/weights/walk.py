@@ -326,7 +326,7 @@ def prune_block(
                 subject = Subject(matrix.name, index, weight, bias, on_sum)
                 fit = solve(subject, item, removed[matrix.name][index], options)
                 kept = same_on_all(fit.mask.to(torch.uint8)).bool()
-                matrix.view(mask)[index].copy_(kept)
+                matrix.write_(mask, index, kept)
                 set_values_(matrix, index, same_on_all(fit.weight) * kept)
                 if bias is not None and fit.bias is not None:
                     bias.copy_(same_on_all(fit.bias))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from hf_prune import sparsify_
 from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.statistics.streams import Call
 from hf_prune.weights.find import find_matrices, find_weights, set_values_
@@ -113,6 +114,25 @@ def packed():
     return MixtralForCausalLM._from_config(config, experts_implementation="eager").eval()
 
 
+@pytest.mark.parametrize("criterion", ["admm", "magnitude"])
+def test_strides_that_have_no_view(criterion):
+    """What is written to a convolution in channels_last reaches its parameter and its mask."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 2, groups=2))
+        inputs = torch.randn(8, 3, 6, 6)
+        masks = sparsify_(
+            model.to(memory_format=layout), [inputs], sparsity=0.5, criterion=criterion
+        ).masks
+        for name, mask in masks.items():
+            assert torch.equal(model.get_parameter(name) != 0, mask)
+            assert int(mask.sum()) * 2 == mask.numel()
+        results.append(model)
+    for ours, theirs in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_packed_experts():
     matrices = {
         m.name.rpartition(".")[2]: m for m in find_matrices(packed(), targets=["*experts*"])
@@ -138,7 +158,7 @@ def rows_of(module, name, *args):
         nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
         nn.Conv2d(4, 6, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(1, 0)),
         nn.Conv2d(4, 6, 3, padding="same", padding_mode="circular"),
-        nn.Conv3d(2, 3, 2, groups=1),
+        nn.Conv3d(2, 3, 2),
     ],
 )
 def test_patches_times_matrix_is_the_convolution(module):
