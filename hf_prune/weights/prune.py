@@ -16,25 +16,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
-from hf_prune.sites import Site, base_model, find_sites
+from hf_prune.errors import ConfigError, DataError
+from hf_prune.sites import Site, base_model
 from hf_prune.statistics.batches import Batch
 from hf_prune.statistics.streams import (
     Stream,
-    by_layer,
-    by_stack,
     in_eval,
     run_layer,
     start_streams,
 )
+from hf_prune.weights.block import prune_block
 from hf_prune.weights.find import Matrix, set_values_
-from hf_prune.weights.inputs import traced
 from hf_prune.weights.masks import Masks
 from hf_prune.weights.norms import prune_by_norms
+from hf_prune.weights.parts import known_layers, parts_of
 from hf_prune.weights.patterns import keep
 from hf_prune.weights.problem import Options
 from hf_prune.weights.progress import Progress
-from hf_prune.weights.walk import Block, Inputs, Real, call_model, prune_block, real_tokens
+from hf_prune.weights.walk import Block, Inputs, Real, call_model, real_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -62,35 +61,17 @@ class Job:
     result: Pruned = field(default_factory=Pruned)
 
 
-def _prune_without_data(matrices: Sequence[Matrix], removed: Removed, options: Options) -> Pruned:
+def _prune_without_data(matrices: Sequence[Matrix], job: Job) -> None:
     """Masks from the weights alone (or from scores collected before); values stay as they are."""
-    result = Pruned()
+    options = job.options
     for matrix in matrices:
         mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
         for group, weight in enumerate(matrix.view(matrix.parameter.data)):
             scores = options.scores_of(matrix.name, group, weight)
-            kept = keep(scores, removed[matrix.name][group], options.pattern)
+            kept = keep(scores, job.removed[matrix.name][group], options.pattern)
             matrix.write_(mask, group, kept)
             set_values_(matrix, group, torch.where(kept, weight, 0))
-        result.masks[matrix.name] = mask
-    return result
-
-
-def _known_layers(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, list[Site]]:
-    """The sites of each layer, where one layer can be run after the other; else nothing.
-
-    A layer that runs several times, or not at all, or needs what another stack of layers gives,
-    cannot.
-    """
-    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
-        return {}
-    try:
-        layers = by_layer(find_sites(model))
-    except UnsupportedModelError:
-        return {}
-    with traced(base_model(model), list(layers)) as trace:
-        call_model(model, batches[0])
-    return layers if sorted(trace.order) == sorted(layers) else {}
+        job.result.masks[matrix.name] = mask
 
 
 @dataclass
@@ -322,13 +303,14 @@ def prune_weights_(
     """
     plain = [m for m in matrices if m.kind == "embedding" or not options.needs_inputs]
     rest = [m for m in matrices if m not in plain]
-    job = Job(removed, options, progress, _prune_without_data(plain, removed, options))
+    job = Job(removed, options, progress)
     if not rest:
         if progress is not None:
             raise ConfigError(
                 f"progress: {options.criterion!r} without a re-fit and a dense target runs no "
                 "layer, so that nothing could be kept. Leave it out."
             )
+        _prune_without_data(plain, job)
         return job.result
     if not batches:
         raise DataError(
@@ -336,24 +318,30 @@ def prune_weights_(
             "some, or choose a magnitude with reconstruct: false and dense_target: false."
         )
     with in_eval(model):
-        _prune_with_data(model, rest, batches, job)
+        _prune_with_data(model, plain, rest, batches, job)
     job.result.masks = {m.name: job.result.masks[m.name] for m in matrices}
     return job.result
 
 
 def _prune_with_data(
-    model: nn.Module, matrices: Sequence[Matrix], batches: Sequence[Inputs], job: Job
+    model: nn.Module,
+    plain: Sequence[Matrix],
+    matrices: Sequence[Matrix],
+    batches: Sequence[Inputs],
+    job: Job,
 ) -> None:
-    """Layers, and the matrices before, between and behind them: as data passes."""
-    layers = _known_layers(model, batches)
+    """What needs no inputs, then layers, and matrices before, between and behind them, in order."""
+    layers = known_layers(model, batches)
     if job.progress is not None and not layers:
         raise ConfigError(
             f"progress: {type(model).__name__} has no layers that run one after another, so that "
             "nothing could be kept. Leave it out."
         )
-    parts = _in_order(model, matrices, layers, batches)
-    read = job.options.dense_target and any(outside for outside, _ in parts)
+    parts = parts_of(model, matrices, layers, batches)
+    outside_any = any(outside for outside, _ in parts)
+    read = job.options.dense_target and (outside_any or bool(plain))
     dense = copy.deepcopy(model) if read else model
+    _prune_without_data(plain, job)
     for outside, stack in parts:
         if outside:
             _prune_whole(model, dense, outside, batches, job)
@@ -361,30 +349,3 @@ def _prune_with_data(
             assert isinstance(model, PreTrainedModel) and isinstance(dense, PreTrainedModel)  # noqa: S101, PT018  # a known family
             streams = _start(model, dense, batches, list(stack))  # type: ignore[arg-type]  # transformers take mappings
             prune_layers(model, stack, matrices, streams, job)
-
-
-def _in_order(
-    model: nn.Module,
-    matrices: Sequence[Matrix],
-    layers: Mapping[str, list[Site]],
-    batches: Sequence[Inputs],
-) -> list[tuple[list[Matrix], dict[str, list[Site]]]]:
-    """Stacks of layers as they run, each with the matrices outside of layers that run before it."""
-    if not layers or not isinstance(model, PreTrainedModel):
-        return [(list(matrices), {})]
-    base = base_model(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    roots = {layer: names[id(base.get_submodule(layer))] for layer in layers}
-    starts = tuple(f"{root}." for root in roots.values())
-    outside = [matrix for matrix in matrices if not matrix.name.startswith(starts)]
-    watched = [*dict.fromkeys(matrix.module for matrix in outside), *roots.values()]
-    with traced(model, watched) as trace:
-        call_model(model, batches[0])
-    place = {name: index for index, name in reversed(list(enumerate(trace.order)))}
-    parts = []
-    for stack in sorted(by_stack(layers).values(), key=lambda names: place[roots[names[0]]]):
-        first = place[roots[stack[0]]]
-        before = [m for m in outside if place.get(m.module, len(trace.order)) < first]
-        parts.append((before, {layer: layers[layer] for layer in stack}))
-        outside = [matrix for matrix in outside if matrix not in before]
-    return [*parts, (outside, {})]
