@@ -235,7 +235,6 @@ def test_a_result_is_written_whole_and_never_over_another(tiny, inputs_for, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")
 @pytest.mark.parametrize("alone", ["portable", "standalone"])
 def test_a_result_with_zeros_as_bits(alone, tiny, inputs_for, tmp_path):
     stage = {"stage": "prune", "units": ["weights"], "criterion": "wanda", "sparsity": 0.7}
@@ -255,6 +254,7 @@ def test_a_result_with_zeros_as_bits(alone, tiny, inputs_for, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")
 def test_push_is_one_commit_without_secrets(tiny, inputs_for, tmp_path, monkeypatch):
     result = compress(tiny("bert"), recipe(), [inputs_for("bert", s) for s in range(3)])
     save_result(result, tmp_path / "out")
