@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_prune.budget.bounded import bounded_knapsack, relax
 from hf_prune.budget.knapsack import knapsack
 from hf_prune.budget.levels import Counts, Levels
 from hf_prune.criteria.ranking import Ranking
@@ -19,7 +20,7 @@ from hf_prune.recipe import did_you_mean
 from hf_prune.sites import Site
 
 MAX_LEVELS = 128
-"""Levels of one site that the knapsack chooses from."""
+"""Levels of a site up to which all combinations are merged; with more, bounds come first."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +115,56 @@ def _thinned(levels: Tensor) -> Tensor:
 def exact(problem: Problem) -> Counts:
     """The levels with the least total error within the budget.
 
-    Of a site with very many levels every few are tried; what is then left of the budget goes, step
-    by step, where it saves most.
+    Of sites with very many levels, those are left out that bounds exclude.
     """
-    levels = [_thinned(problem.levels(site)) for site in problem.sites]
-    costs = [problem.tables[s.name][x] for s, x in zip(problem.sites, levels, strict=True)]
-    errors = [problem.errors(s, x) for s, x in zip(problem.sites, levels, strict=True)]
+    levels = [problem.levels(site) for site in problem.sites]
+    if max(map(len, levels)) > MAX_LEVELS:
+        return _bounded(problem, levels)
+    return _merged(problem, levels)
+
+
+def _merged(problem: Problem, levels: Sequence[Tensor]) -> Counts:
+    """The best of some levels of each site, all of them merged."""
+    costs, errors = _weighed(problem, levels)
     chosen = knapsack(costs, errors, problem.budget)
     if chosen is None:  # the floors alone exceed it: keep no more than them
         chosen = [0] * len(levels)
-    pairs = zip(problem.sites, levels, chosen, strict=True)
-    counts = {site.name: int(level[index]) for site, level, index in pairs}
-    if any(len(problem.levels(s)) > len(x) for s, x in zip(problem.sites, levels, strict=True)):
-        return _in_order(problem, _global, counts)
-    return counts
+    return _counts(problem, levels, chosen)
+
+
+def _weighed(problem: Problem, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What each level costs, and what is lost at it."""
+    costs = [problem.tables[s.name][x] for s, x in zip(problem.sites, levels, strict=True)]
+    errors = [problem.errors(s, x) for s, x in zip(problem.sites, levels, strict=True)]
+    return costs, errors
+
+
+def _counts(problem: Problem, levels: Sequence[Tensor], chosen: Sequence[int]) -> Counts:
+    triples = zip(problem.sites, levels, chosen, strict=True)
+    return {site.name: int(level[index]) for site, level, index in triples}
+
+
+def _lost(problem: Problem, counts: Counts) -> float:
+    return sum(problem.rankings[name].error_of(count) for name, count in counts.items())
+
+
+def _bounded(problem: Problem, levels: Sequence[Tensor]) -> Counts:
+    """The best of very many levels, proved by bounds; where that takes too much, close to it."""
+    costs, errors = _weighed(problem, levels)
+    if sum(int(cost.min()) for cost in costs) > problem.budget:
+        return _counts(problem, levels, [0] * len(levels))
+    relaxed = relax(costs, errors, problem.budget)
+    start = _in_order(problem, _global, _counts(problem, levels, relaxed.levels))
+    known = [
+        int(torch.searchsorted(level, start[site.name]))
+        for site, level in zip(problem.sites, levels, strict=True)
+    ]
+    chosen, proved = bounded_knapsack(costs, errors, problem.budget, relaxed, known)
+    found = [_counts(problem, levels, chosen), _counts(problem, levels, relaxed.levels)]
+    if not proved:
+        some = _merged(problem, [_thinned(level) for level in levels])
+        found.append(_in_order(problem, _global, some))
+    return min(found, key=lambda counts: _lost(problem, counts))
 
 
 Solver = Callable[[Problem], Counts]

@@ -1,11 +1,10 @@
 """The knapsack against an integer program."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import Bounds, LinearConstraint, milp
+from integer_program import least_error
 
 from hf_prune.budget.knapsack import knapsack
 
@@ -18,26 +17,6 @@ def problems(draw):
         costs.append(draw(st.lists(st.integers(0, 50), min_size=levels, max_size=levels)))
         errors.append(draw(st.lists(st.floats(0, 9), min_size=levels, max_size=levels)))
     return costs, errors
-
-
-def best(costs, errors, budget):
-    """The least error by mixed-integer linear programming; None where nothing fits."""
-    flat_costs, flat_errors = np.concatenate(costs), np.concatenate(errors)
-    rows = np.zeros((len(costs), len(flat_costs)))
-    at = 0
-    for index, levels in enumerate(costs):
-        rows[index, at : at + len(levels)] = 1
-        at += len(levels)
-    found = milp(
-        flat_errors,
-        integrality=np.ones(len(flat_costs)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(rows, 1, 1),
-            LinearConstraint(flat_costs[None], -np.inf, budget),
-        ],
-    )
-    return found.fun if found.success else None
 
 
 def solve(costs, errors, budget, **options):
@@ -53,7 +32,7 @@ def solve(costs, errors, budget, **options):
 @given(problem=problems(), budget=st.integers(0, 200))
 def test_equals_an_integer_program(problem, budget):
     costs, errors = problem
-    levels, expected = solve(costs, errors, budget), best(costs, errors, budget)
+    levels, expected = solve(costs, errors, budget), least_error(costs, errors, budget)
     if expected is None:
         assert levels is None
         return
