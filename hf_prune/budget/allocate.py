@@ -17,6 +17,8 @@ SURROGATE_BUDGET = 1 << 40
 """The budget of several goals taken together, in units of its own."""
 SMALLEST_SHARE = 1e-3
 """Of a budget, as which less is taken when weights are adjusted."""
+LARGEST_SHARE = 1 << 16
+"""Of a budget: what costs more fits no better, and sums of it stay below 2^63."""
 SURROGATE_ROUNDS = 24
 """How often the weights of several goals are adjusted."""
 EXCHANGES = 20
@@ -36,7 +38,7 @@ def _weighted(goals: Sequence[Goal], weights: Sequence[float]) -> dict[str, Tens
             for goal, weight in zip(goals, weights, strict=True)
         )
         assert isinstance(share, Tensor)  # noqa: S101  # there is at least one goal
-        result[name] = (share * SURROGATE_BUDGET).ceil().long()
+        result[name] = (share.clamp(max=LARGEST_SHARE) * SURROGATE_BUDGET).ceil().long()
     return result
 
 
@@ -48,6 +50,9 @@ def _largest(goals: Sequence[Goal]) -> dict[str, Tensor]:
 
 def _solve_several(problem: Problem, goals: Sequence[Goal], solver: Solver) -> Counts:
     """Within all goals at once: weights move towards the goal that is exceeded most."""
+    least = {site.name: int(problem.levels(site)[0]) for site in problem.sites}
+    if any(goal.spent(least) > goal.budget for goal in goals):
+        return least
 
     def attempt(tables: dict[str, Tensor]) -> Counts:
         return solver(dataclasses.replace(problem, tables=tables, budget=SURROGATE_BUDGET))
@@ -70,12 +75,26 @@ def _solve_several(problem: Problem, goals: Sequence[Goal], solver: Solver) -> C
 def _best_pair(
     errors: tuple[Tensor, Tensor], costs: Sequence[tuple[Tensor, Tensor]], room: Sequence[int]
 ) -> tuple[int, int, float]:
-    """The levels of two sites with the least error within what the other sites leave, and it."""
-    total = errors[0][:, None] + errors[1][None]  # [levels, levels]
-    for (one, two), left in zip(costs, room, strict=True):
-        total = total.masked_fill(one[:, None] + two[None] > left, torch.inf)
+    """The levels of two sites with the least error within what the other sites leave, and it.
+
+    Costs never fall with the level, so what fits beside a level of one site are the first levels of
+    the other.
+
+    Args:
+        errors: of both sites, `[levels]` each.
+        costs: by goal, those of both sites, `[levels]` each.
+        room: by goal, what both may cost together; some levels do.
+    """
+    one, two = errors
+    fitting = torch.full((len(one),), len(two))  # for each level of one, how many of two fit
+    for (first, second), left in zip(costs, room, strict=True):
+        fitting = torch.minimum(fitting, torch.searchsorted(second, left - first, right=True))
+    least = two.cummin(0).values
+    total = one + least[(fitting - 1).clamp(min=0)]
+    total = total.masked_fill(fitting == 0, torch.inf)
     at = int(total.argmin())
-    return at // total.shape[1], at % total.shape[1], float(total.flatten()[at])
+    other = int(two[: int(fitting[at])].argmin())
+    return at, other, float(total[at])
 
 
 def _exchanged(problem: Problem, goals: Sequence[Goal], counts: Counts) -> Counts:

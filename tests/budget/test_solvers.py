@@ -406,6 +406,18 @@ def test_the_best_pair_against_all_pairs(data):
     assert fitting[first, second] == error == min(fitting.values())
 
 
+@solvers
+def test_several_goals_of_which_one_is_far_out_of_reach(solver):
+    """Costs that are 10^13 times the budget; everything goes down to its floor."""
+    sites, rankings, _ = large(0)
+    tables = {s.name: tuple(range(0, (s.units + 1) * 10**9, 10**9)) for s in sites}
+    total = sum(table[-1] for table in tables.values())
+    goals = [Goal("a", tables, total, total), Goal("b", tables, total, total // 2)]
+    every = {site.name: list(range(1, site.units + 1)) for site in sites}
+    counts = allocate(sites, rankings, goals, solver=solver, levels=every)
+    assert set(counts.values()) == {1}
+
+
 def test_levels_honour_the_site_and_the_stage():
     site = toy_site("a.ffn", "expert_neurons", 48, floor=8, multiple=8)
     assert levels_of(site, 0, 1) == [8, 16, 24, 32, 40, 48]
