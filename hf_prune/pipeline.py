@@ -309,7 +309,8 @@ def compress_family(
         One result for each target, in their order. Each is what `compress` gives for it.
 
     Raises:
-        ConfigError: when the recipe has another number of prune stages, or a target is not valid.
+        ConfigError: when the recipe has another number of prune stages, there is no target, or one
+            is not valid.
         DataError: as in `compress`.
         NumericsError: as in `compress`.
         UnsupportedModelError: as in `compress`.
@@ -324,6 +325,8 @@ def compress_family(
         raise ConfigError(
             "a family shares one vocabulary: leave the stage out, prune it afterwards."
         )
+    if not len(targets):
+        raise ConfigError("a family has no size: pass targets=[0.5, {'speedup': '3x'}], or others.")
     stages = tuple(_with_target(stages[0], target) for target in targets)
     batches = _calibration(model, recipe, calibration)
     analysis = analyse(model, stages[0], batches, recipe.seed)

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 LATENCY = "latency_ns"
 """The name of the cost that is time."""
+PRUNABLE = "prunable_parameters"
+"""The name of the cost of which a target takes a sparsity."""
 TOLERANCE = 0.05
 """A measured latency this close to the one asked for is met."""
 CLOSE_ENOUGH = 0.015
@@ -167,6 +169,9 @@ def _counted(
     if target.bytes is not None:
         tables = {site.name: _table_of_bytes(model, site) for site in sites}
         goals.append(goal("bytes", target.bytes, count_memory, tables))
+    if target.sparsity is not None:
+        made = make_goal(sites, "parameters", target.sparsity)
+        goals.append(dataclasses.replace(made, cost=PRUNABLE))
     return goals
 
 

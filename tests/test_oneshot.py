@@ -62,6 +62,8 @@ def test_a_family_needs_one_structured_stage(tiny, inputs_for):
     floor = {**STAGE, "sparsity": 0.1, "floor": {"drop": 0.1}}
     with pytest.raises(ConfigError, match=r"a floor is for compress\(\)"):
         compress_family(tiny("bert"), {"stages": [floor]}, [inputs_for("bert")] * 2, targets=[0.5])
+    with pytest.raises(ConfigError, match="a family has no size: pass targets="):
+        compress_family(tiny("bert"), {"stages": stages[:1]}, [inputs_for("bert")] * 2, targets=[])
     with pytest.raises(ConfigError, match="outside"):
         compress_family(
             tiny("bert"), {"stages": stages[:1]}, [inputs_for("bert")] * 2, targets=[50.0]

@@ -9,7 +9,7 @@ from hf_prune.criteria.ranking import Ranking
 from hf_prune.measure.counts import count_macs, count_memory, count_parameters
 from hf_prune.measure.latency import Latency
 from hf_prune.measure.latency_table import LatencyTable, _group
-from hf_prune.recipe import Prune, Target, load_recipe
+from hf_prune.recipe import Prune, Target, load_recipe, share_of
 from hf_prune.sites import find_sites
 from hf_prune.statistics.score import score
 from hf_prune.targets import TOLERANCE, Chooser
@@ -75,6 +75,30 @@ def test_absolute_counts_and_several_at_once(tiny, inputs_for):
     assert entry["met"]
     assert count_parameters(result.model) <= parameters - 5000
     assert count_macs(result.model, 16) <= 0.6 * macs
+
+
+def test_a_sparsity_among_targets(tiny, inputs_for):
+    """Of what the stage may remove, with the whole model's parameters or MACs beside it."""
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(3)]
+    alone = compress(model, recipe({"sparsity": 0.5}), batches)
+    (stage,) = recipe({})["stages"]
+    del stage["target"]
+    plain = compress(model, {"stages": [{**stage, "sparsity": 0.5}]}, batches)
+    assert alone.plan == plain.plan
+    for macs, binding in (("0.99x", "prunable_parameters"), ("0.3x", "macs")):
+        (entry,) = compress(model, recipe({"sparsity": 0.5, "macs": macs}), batches).report[
+            "pruning"
+        ]
+        assert entry["met"]
+        goals = {goal["cost"]: goal for goal in entry["goals"]}
+        assert goals.keys() == {"macs", "prunable_parameters"}
+        excess = {name: g["removed"] / g["asked_to_remove"] for name, g in goals.items()}
+        assert min(excess, key=excess.get) == binding
+
+
+@pytest.mark.parametrize("speedup", [2, 2.0, "2", "2x", "2.0x"])
+def test_a_speedup_is_a_number_with_or_without_its_x(speedup):
+    assert share_of(Target(speedup=speedup).speedup) == 2.0
 
 
 def test_what_cannot_be_met_is_said(tiny, inputs_for, caplog):
@@ -273,7 +297,14 @@ def test_a_real_clock(tiny, inputs_for, tmp_path, monkeypatch):
         ),
         ({"sparsity": 0.5, "target": {"macs": "0.5x"}}, "give either sparsity or target"),
         ({"target": {}}, "name at least one of parameters"),
-        ({"target": {"parameters": "half"}}, "'half' is not a share: write 0.5x"),
+        ({"target": {"parameters": "half"}}, "'half' is neither a share nor a count: write 0"),
+        (
+            {"target": {"parameters": 0.5}},
+            "0.5 is neither a share nor a count: write 0.5x for half",
+        ),
+        ({"target": {"parameters": "0.5"}}, "'0.5' is neither a share nor a count: write 0.5x"),
+        ({"target": {"sparsity": 50}}, r"sparsity=50 is outside \[0, 1\). It is a fraction"),
+        ({"target": {"speedup": "fast"}}, "'fast' is not a share: write 0.5x, or 2x"),
         ({"target": {"parameters": "2x"}}, r"parameters=2x is not in \(0x, 1x\]"),
         ({"target": {"macs": -3}}, "macs=-3 is not a positive count"),
         ({"target": {"speedup": "0.5x"}}, "speedup=0.5x is a slow-down"),

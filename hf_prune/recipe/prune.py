@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from hf_prune.errors import ConfigError
 from hf_prune.recipe.model import Model
 from hf_prune.recipe.schedule import Schedule
-from hf_prune.recipe.target import Floor, Target
+from hf_prune.recipe.target import Floor, Target, check_fraction
 from hf_prune.recipe.template import Template, UniformWidth
 from hf_prune.recipe.weights import Weights
 
@@ -130,12 +130,7 @@ class Prune(Model):
     @field_validator("sparsity")
     @classmethod
     def _a_fraction(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(
-                f"sparsity={value:g} is outside [0, 1). It is a fraction, not a percentage: "
-                "write 0.5 to remove half."
-            )
-        return value
+        return check_fraction(value)
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Prune":

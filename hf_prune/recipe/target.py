@@ -9,17 +9,18 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hf_prune.recipe.model import Model
 
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)x")
+_SHARE = re.compile(r"\d+(?:\.\d+)?x")
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)x?")
 PRECISION = 0.005
 """The default of a floor's `precision`."""
 
 
 def _as_share(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    match = _SHARE.fullmatch(value)
-    if match is None:
-        raise ValueError(f"{value!r} is not a share: write 0.5x for half of the dense model")
+    wrong = isinstance(value, float) or (isinstance(value, str) and not _SHARE.fullmatch(value))
+    if wrong:
+        raise ValueError(
+            f"{value!r} is neither a share nor a count: write 0.5x for half of the given model"
+        )
     return value
 
 
@@ -44,6 +45,9 @@ class Target(Model):
     speedup: float | str | None = None
     """How many times as fast as the given model's a forward pass is to be on this machine: `2x`, or
     2.0."""
+    sparsity: float | None = None
+    """Fraction of the parameters that the stage may remove, in [0, 1), beside other targets. Alone,
+    it is what `sparsity` of the stage is."""
     batch_size: int = Field(default=1, ge=1)
     """Sequences at once when time is measured, each of the stage's `sequence_length` tokens."""
 
@@ -54,9 +58,14 @@ class Target(Model):
             raise ValueError(f"speedup={value} is a slow-down: write 2x for twice as fast")
         return value
 
+    @field_validator("sparsity")
+    @classmethod
+    def _a_fraction(cls, value: float | None) -> float | None:
+        return check_fraction(value)
+
     @model_validator(mode="after")
     def _something(self) -> "Target":
-        named = ("parameters", "macs", "bytes", "latency_ms", "speedup")
+        named = ("parameters", "macs", "bytes", "latency_ms", "speedup", "sparsity")
         if all(getattr(self, name) is None for name in named):
             raise ValueError(f"name at least one of {', '.join(named)}")
         if self.batch_size != 1 and not self.timed:
@@ -75,6 +84,20 @@ class Target(Model):
         return self.latency_ms is not None or self.speedup is not None
 
 
+def check_fraction(sparsity: float | None) -> float | None:
+    """The sparsity, where it is one.
+
+    Raises:
+        ValueError: where it is outside [0, 1).
+    """
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(
+            f"sparsity={sparsity:g} is outside [0, 1). It is a fraction, not a percentage: "
+            "write 0.5 to remove half."
+        )
+    return sparsity
+
+
 def share_of(value: "float | str") -> float:
     """The number before the `x`, or the number itself.
 
@@ -83,7 +106,7 @@ def share_of(value: "float | str") -> float:
     """
     if not isinstance(value, str):
         return float(value)
-    match = _SHARE.fullmatch(value)
+    match = _NUMBER.fullmatch(value)
     if match is None:
         raise ValueError(f"{value!r} is not a share: write 0.5x, or 2x")
     return float(match.group(1))
