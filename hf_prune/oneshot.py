@@ -170,15 +170,8 @@ def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
         "refitted": len(fitted),
         "seconds": {**analysis.seconds, **seconds},
     }
-    for outcome in decision.selection.outcomes:
-        if not outcome.met:
-            logger.warning(
-                "asked to remove %d %s, removed %d: %s",
-                outcome.asked,
-                outcome.cost,
-                outcome.removed,
-                decision.limit,
-            )
+    for line in decision.selection.shortfalls():
+        logger.warning(line)
     return Pruned(model, decision, entry)
 
 

@@ -52,6 +52,8 @@ CLOSE_ENOUGH = 0.015
 """The goal is not moved for less than this."""
 MOVED = 0.1
 """A dense model that has become faster or slower by more than this is named."""
+NO_CLOSER = f"of the widths that were timed none came within {TOLERANCE:.0%}"
+"""Why a latency is not met that floors do not limit."""
 MAX_ATTEMPTS = 4
 """How often widths are chosen and timed."""
 ROUNDS = 15
@@ -89,20 +91,12 @@ class Timing:
         }
 
 
-FLOORS = "floors and ignored sites hold the rest"
-NO_CLOSER = f"of the widths that were timed none came within {TOLERANCE:.0%}"
-
-
 @dataclass(frozen=True)
 class Decision:
-    """A selection, how its latency was measured where it was asked for, and what limits it.
-
-    `limit` says why a goal is not met, where one is not.
-    """
+    """A selection, and how its latency was measured where it was asked for."""
 
     selection: Selection
     timing: Timing | None = None
-    limit: str = FLOORS
 
     @property
     def wrong(self) -> float:
@@ -276,7 +270,8 @@ class Chooser:
         counts = {site.name: site.units for site in self.sites}
         model_type = self.model.config.model_type
         made = selection_of(self.sites, self.rankings, counts, self.goals, model_type=model_type)
-        return Decision(made, limit="no smaller model was found above the floor")
+        limit = "no smaller model was found above the floor"
+        return Decision(dataclasses.replace(made, limit=limit))
 
     def predict(self, scale: float) -> Selection:
         """The plan that removes `scale` of what the stage asks for, by the table alone."""
@@ -342,12 +337,11 @@ class Chooser:
 
     def _timed(self, selection: Selection, timing: Timing) -> Decision:
         """A timed selection, with what keeps it from being faster: floors, or the clock."""
-        limit = FLOORS
         if not timing.met:
             everything = [dataclasses.replace(goal, asked=goal.prunable) for goal in self.goals]
-            least = self._decide(everything, self.rankings)
-            limit = FLOORS if selection.plan == least.plan else NO_CLOSER
-        return Decision(selection, timing, limit)
+            if selection.plan != self._decide(everything, self.rankings).plan:
+                selection = dataclasses.replace(selection, limit=NO_CLOSER)
+        return Decision(selection, timing)
 
     def _timing(
         self, goal: Goal, counts: Mapping[str, int], table: LatencyTable, attempt: int

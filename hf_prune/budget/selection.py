@@ -44,18 +44,34 @@ class Outcome:
         }
 
 
+FLOORS = "floors and ignored sites hold the rest"
+"""Why what is counted is not met: solvers stop before a goal only there."""
+
+
 @dataclass(frozen=True)
 class Selection:
-    """A plan, and for each goal what it asked for and what the plan removes."""
+    """A plan, and for each goal what it asked for and what the plan removes.
+
+    `limit` says why a goal is not met, where one is not.
+    """
 
     plan: Plan
     outcomes: tuple[Outcome, ...]
     error: float
+    limit: str = FLOORS
 
     @property
     def met(self) -> bool:
         """Whether every goal is met."""
         return all(outcome.met for outcome in self.outcomes)
+
+    def shortfalls(self) -> list[str]:
+        """For each goal that is not met, what was asked for, what is removed, and why no more."""
+        return [
+            f"asked to remove {goal.asked} {goal.cost}, removed {goal.removed}: {self.limit}"
+            for goal in self.outcomes
+            if not goal.met
+        ]
 
     def to_dict(self) -> dict[str, object]:
         """For the report: the first goal, and all of them under `goals` where there are more."""

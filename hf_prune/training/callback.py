@@ -280,15 +280,8 @@ class PruneCallback(TrainerCallback):
             self.pruning.after_step()
             self.early = {}
         _forget_best(state)
-        for outcome in self.selection.outcomes if self.selection is not None else ():
-            if not outcome.met:
-                logger.warning(
-                    "%s: %d of %d asked for could be removed; floors and ignored sites hold the "
-                    "rest",
-                    outcome.cost,
-                    outcome.removed,
-                    outcome.asked,
-                )
+        for line in self.selection.shortfalls() if self.selection is not None else ():
+            logger.warning(line)
 
     def _judge(self, metrics: Mapping[str, float], state: Any) -> None:
         name = f"eval_{self.schedule.stop_metric}"

@@ -251,6 +251,19 @@ def test_targets_of_the_whole_model_are_met_on_a_schedule(tiny, tmp_path, masks,
     assert logged[-1] >= 0.1
 
 
+def test_why_a_speedup_of_a_schedule_is_missed(tiny, tmp_path, monkeypatch, caplog):
+    """A clock that no width moves: floors are not to blame."""
+    model = tiny("bert")
+    points = {latency_table._group(site): {1: 0, site.units: 300} for site in find_sites(model)}
+    table = latency_table.LatencyTable(2000, 800, points)
+    monkeypatch.setattr(targets, "latency_table", lambda *_, **__: table)
+    monkeypatch.setattr(Chooser, "_measure", lambda self, counts: 0.95)
+    target = {"sparsity": None, "target": {"speedup": "1.2x"}, "sequence_length": 8}
+    trainer(model, tmp_path, PruneCallback(recipe(**target)), save_strategy="no").train()
+    assert "of the widths that were timed none came within 5%" in caplog.text
+    assert "floors" not in caplog.text
+
+
 @pytest.mark.parametrize("masks", ["scored", "l0"])
 def test_a_speedup_is_asked_of_a_schedule_and_timed_at_its_end(tiny, tmp_path, masks, monkeypatch):
     """The table says how fast each width is; the last widths are timed, and chosen again."""
