@@ -105,9 +105,7 @@ def means(moments: Moments, *, centred: bool) -> tuple[Tensor, Tensor, Tensor, T
         gram = gram - torch.outer(mean_x, mean_x)
         cross = cross - torch.outer(mean_t, mean_x)
     if not torch.isfinite(gram.diagonal().mean()):
-        raise NumericsError(
-            "the inputs of an output projection are not finite on calibration data."
-        )
+        raise NumericsError("the inputs of a matrix are not finite on calibration data.")
     return gram, cross, mean_x, mean_t
 
 
@@ -155,7 +153,7 @@ def solve_towards(
     _, factor, damping = damped_cholesky(gram, ridge * max(float(diagonal), 1e-12))
     new = torch.cholesky_solve((cross + damping * old).T, factor).T
     if not torch.isfinite(new).all():
-        raise NumericsError("the targets of an output projection are not finite.")
+        raise NumericsError("the targets of a matrix are not finite.")
     new_bias = None if bias is None else (mean_t - new @ mean_x).to(bias.dtype)
     return new.to(weight.dtype), new_bias
 
@@ -197,7 +195,7 @@ def rescaled(
     )
     scales = torch.cholesky_solve((right + damping).unsqueeze(1), factor).squeeze(1)
     if not torch.isfinite(scales).all():
-        raise NumericsError("the targets of an output projection are not finite.")
+        raise NumericsError("the targets of a matrix are not finite.")
     new = old * scales.repeat_interleave(width)
     new_bias = None if bias is None else (mean_t - new @ mean_x).to(bias.dtype)
     return new.to(weight.dtype), new_bias

@@ -114,6 +114,15 @@ def _moving(subject: Subject, options: Options) -> bool:
     return subject.bias is not None and (options.dense_target or options.refit_steps > 0)
 
 
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """A damped Gram matrix in float32 that has a factor: with more damping, where rounding asks."""
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    damped = (gram + damping * identity).float()
+    if int(torch.linalg.cholesky_ex(damped)[1]):
+        damped, _, _ = damped_cholesky(gram.float(), 2 * damping)
+    return damped
+
+
 def make_problem(
     subject: Subject, moments: Moments, removed: int, options: Options
 ) -> tuple[Problem, Tensor, Tensor]:
@@ -134,11 +143,10 @@ def make_problem(
     gram, cross, mean_x, mean_t = means(moments, centred=_moving(subject, options))
     old = subject.weight.double()
     bias = torch.zeros_like(old[:, 0]) if subject.bias is None else subject.bias.double()
-    damping = options.ridge * float(gram.diagonal().mean().clamp(min=1e-12))
+    rounding = torch.finfo(torch.float32).eps * float((gram.diagonal() + mean_x.square()).mean())
+    damping = options.ridge * max(float(gram.diagonal().mean()), rounding, 1e-12)
     if not options.dense_target:
-        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        damped = (gram + damping * identity).float()
-        problem = Problem(old.float(), damped, options.pattern, removed)
+        problem = Problem(old.float(), _damped(gram, damping), options.pattern, removed)
         return problem, mean_x, old @ mean_x + bias
     if not subject.on_sum:
         cross, mean_t = old @ cross, old @ mean_t + bias
@@ -154,12 +162,24 @@ def solve(subject: Subject, moments: Moments, removed: int, options: Options) ->
     """Prune one matrix: choose what stays, and what it becomes.
 
     Raises:
-        NumericsError: when inputs or targets are not finite, naming the parameter.
+        NumericsError: when inputs, targets or what they give are not finite, or inputs so dependent
+            that nothing can be solved, naming the parameter.
     """
     try:
-        problem, mean_x, mean_t = make_problem(subject, moments, removed, options)
+        fit = _solve(subject, moments, removed, options)
     except NumericsError as error:
         raise NumericsError(f"{subject.name}: {error}") from error
+    new = (fit.weight, fit.weight if fit.bias is None else fit.bias)
+    if not all(bool(torch.isfinite(values.to(subject.weight.dtype)).all()) for values in new):
+        raise NumericsError(
+            f"{subject.name}: what it would become is not finite in {subject.weight.dtype}, so it "
+            "was left as it was. Raise ridge, or calibrate on more examples."
+        )
+    return fit
+
+
+def _solve(subject: Subject, moments: Moments, removed: int, options: Options) -> Fit:
+    problem, mean_x, mean_t = make_problem(subject, moments, removed, options)
     steps = options.refit_steps
     if options.criterion == "admm":
         new, mask = admm(problem, steps, rho=options.penalty, iterations=options.iterations)

@@ -45,14 +45,19 @@ def _scaled(problem: Problem) -> tuple[Problem, Tensor]:
     return Problem(problem.target * units, gram, problem.pattern, problem.removed), units
 
 
-def _inverse(gram: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(gram)
+def _factor(gram: Tensor, *, upper: bool = False) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(gram, upper=upper)
     if int(info):
         raise NumericsError(
             "the inputs of a matrix are so dependent that its moments cannot be inverted: "
             "raise ridge, or calibrate on more examples."
         )
-    return torch.cholesky_inverse(factor)
+    result: Tensor = factor
+    return result
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    return torch.cholesky_inverse(_factor(gram))
 
 
 def refit(problem: Problem, weight: Tensor, mask: Tensor, steps: int) -> Tensor:
@@ -150,7 +155,7 @@ def sparsegpt(problem: Problem, steps: int, *, block: int = BLOCK) -> tuple[Tens
     Source: Frantar and Alistarh 2023, arXiv:2301.00774.
     """
     columns = problem.target.shape[1]
-    upper = torch.linalg.cholesky(_inverse(problem.gram), upper=True)  # [C, C]
+    upper = _factor(_inverse(problem.gram), upper=True)  # [C, C]
     weight, mask = problem.target.clone(), torch.ones_like(problem.target, dtype=torch.bool)
     starts = _columns(problem, block)
     gone = 0

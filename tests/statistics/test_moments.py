@@ -99,7 +99,7 @@ def test_inputs_that_are_all_zero(bias):
 def test_not_finite(value):
     x, t, old, bias = problem()
     x[3, 2] = value
-    with pytest.raises(NumericsError, match="inputs of an output projection are not finite"):
+    with pytest.raises(NumericsError, match="inputs of a matrix are not finite"):
         solve_towards(moments_of(x, t), old, bias, 1e-2)
 
 
