@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune.errors import DataError, NumericsError
+from hf_prune.errors import DataError, NumericsError, UnsupportedModelError
 from hf_prune.statistics.batches import forward_kwargs, to_device
 from hf_prune.statistics.collect import SEED_STEP, sum_over_processes
 from hf_prune.statistics.projection import project_output
-from hf_prune.statistics.streams import in_eval
+from hf_prune.statistics.streams import in_eval, in_order
 from hf_prune.weights.find import Matrix
+from hf_prune.weights.inputs import never_ran
 from hf_prune.weights.walk import Inputs, call_model
 
 
@@ -31,12 +32,20 @@ def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def output_tensor(value: object) -> Tensor:
-    """The tensor that a module gives: logits, or the first of what it gives."""
+    """The tensor that a module gives: logits, or the first of what it gives.
+
+    Raises:
+        UnsupportedModelError: when that is no tensor.
+    """
     if isinstance(value, Mapping):
         value = value.get("logits", next(iter(value.values())))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list) and value:
         value = value[0]
-    assert isinstance(value, Tensor)  # noqa: S101  # what modules give
+    if not isinstance(value, Tensor):
+        raise UnsupportedModelError(
+            f"the module gives a {type(value).__name__}, of which no gradient can be taken: let it "
+            "give a tensor, or a tuple, list or dict that begins with one."
+        )
     return value
 
 
@@ -92,14 +101,16 @@ def gradient_scores(
     Raises:
         DataError: when there is no batch, or none with labels where they are needed.
         NumericsError: when a gradient is not finite, naming the parameter.
+        UnsupportedModelError: when calibration never runs one of the matrices.
     """
     if not batches:
         raise DataError(f"criterion {criterion!r} needs calibration batches.")
     sums = {m.name: torch.zeros_like(m.parameter, dtype=torch.float32) for m in matrices}
     parameters = [matrix.parameter for matrix in matrices]
     first_order = criterion == "sensitivity"
-    with in_eval(model), differentiable(parameters):
-        turns = range(1 if first_order else projections)
+    names = list(dict.fromkeys(n for m in matrices for n in (m.module, *m.others)))
+    turns = range(1 if first_order else projections)
+    with in_eval(model), differentiable(parameters), in_order(model, names) as ran:
         for (index, batch), turn in itertools.product(enumerate(batches), turns):
             own = seed + turn * SEED_STEP
             with torch.enable_grad():
@@ -108,6 +119,9 @@ def gradient_scores(
             for matrix, gradient in zip(matrices, found, strict=True):
                 if gradient is not None:
                     sums[matrix.name] += gradient if first_order else gradient.square()
+    unused = [m.module for m in matrices if not {m.module, *m.others} & set(ran)]
+    if unused:
+        raise never_ran(unused)
     result = {}
     count = float(
         sum_over_processes(torch.tensor(float(len(batches)), device=parameters[0].device))

@@ -1,6 +1,6 @@
 """What budgets need to know of a dense model: its inputs, and how much its outputs matter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from hf_prune.errors import DataError
 from hf_prune.statistics.collect import sum_over_processes
-from hf_prune.statistics.streams import first_tensor, in_eval
+from hf_prune.statistics.streams import in_eval
 from hf_prune.weights.find import CONVOLUTIONS, Matrix
 from hf_prune.weights.gradients import differentiable, projected
 from hf_prune.weights.inputs import Trace, main_tensor, never_ran, real_rows, rows_of, traced
-from hf_prune.weights.walk import Inputs, real_tokens
+from hf_prune.weights.walk import Inputs, Real, real_tokens
 
 
 @dataclass
@@ -59,15 +59,25 @@ class _Sums:
         ]
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors with a gradient in what a module gives: outputs, and the states after them."""
+    if isinstance(value, Tensor):
+        return [value] if value.requires_grad else []
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    parts = value if isinstance(value, tuple | list) else ()
+    return [item for part in parts for item in _tensors(part)]
+
+
 @contextmanager
 def _watched_outputs(
     model: nn.Module, names: Sequence[str], found: list[tuple[str, Tensor]]
 ) -> Iterator[None]:
-    """Keep what modules give, at each of their calls."""
+    """Keep all that modules give, at each of their calls."""
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found.append((name, first_tensor(output)))
+            found.extend((name, tensor) for tensor in _tensors(output))
 
         return hook
 
@@ -79,18 +89,23 @@ def _watched_outputs(
             handle.remove()
 
 
-def _sources(model: nn.Module, matrices: Sequence[Matrix], trace: Trace) -> dict[str, Matrix]:
-    """For each matrix, the first one that sees the same input."""
+def _holders(matrix: Matrix) -> tuple[str, ...]:
+    """All modules that have a matrix."""
+    return (matrix.module, *matrix.others)
+
+
+def _add_sources(
+    sources: dict[str, Matrix], model: nn.Module, matrices: Sequence[Matrix], trace: Trace
+) -> None:
+    """For each matrix that a run is the first to call, the first one that sees the same input."""
     first: dict[tuple[int, str], Matrix] = {}
-    result = {}
     for matrix in matrices:
-        if matrix.module not in trace.calls:
-            raise never_ran([matrix.module])
-        module = model.get_submodule(matrix.module)
-        alone = "" if matrix.kind == "linear" else matrix.name
-        key = (id(main_tensor(module, trace.calls[matrix.module][0])), alone)
-        result[matrix.name] = first.setdefault(key, matrix)
-    return result
+        called = [name for name in _holders(matrix) if name in trace.calls]
+        if called and matrix.name not in sources:
+            module = model.get_submodule(called[0])
+            alone = "" if matrix.kind == "linear" and not matrix.others else matrix.name
+            key = (id(main_tensor(module, trace.calls[called[0]][0])), alone)
+            sources[matrix.name] = first.setdefault(key, matrix)
 
 
 def _energy(module: nn.Module, gradient: Tensor) -> float:
@@ -99,13 +114,76 @@ def _energy(module: nn.Module, gradient: Tensor) -> float:
     return float(gradient.double().square().sum()) / width
 
 
+@dataclass
+class _Felt:
+    """What is summed over batches: by module energy and tokens, by matrix the moments of inputs."""
+
+    model: nn.Module
+    matrices: Sequence[Matrix]
+    energy: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, _Sums] = field(default_factory=dict)
+    sources: dict[str, Matrix] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All modules that have one of the matrices."""
+        return list(dict.fromkeys(n for matrix in self.matrices for n in _holders(matrix)))
+
+    def add(self, batch: Inputs, real: Real, seed: int, index: int) -> None:
+        """One forward and one backward pass."""
+        found: list[tuple[str, Tensor]] = []
+        with (
+            torch.enable_grad(),
+            traced(self.model, self.names) as trace,
+            _watched_outputs(self.model, self.names, found),
+        ):
+            value = projected(self.model, batch, seed, index)
+        _add_sources(self.sources, self.model, self.matrices, trace)
+        outputs = [output for _, output in found]
+        gradients = torch.autograd.grad(value, outputs, allow_unused=True)
+        for (name, _), gradient in zip(found, gradients, strict=True):
+            if gradient is not None:
+                energy = _energy(self.model.get_submodule(name), gradient)
+                self.energy[name] = self.energy.get(name, 0.0) + energy
+        for name, calls in trace.calls.items():
+            seen = (main_tensor(self.model.get_submodule(name), call) for call in calls)
+            rows = sum(len(real_rows(value, real.of(name))) for value in seen)
+            self.tokens[name] = self.tokens.get(name, 0) + rows
+        for matrix in dict.fromkeys(self.sources.values()):
+            for name in _holders(matrix):
+                module = self.model.get_submodule(name)
+                for call in trace.calls.get(name, ()):
+                    parts = rows_of(matrix, module, call, real.of(name))
+                    self.sums.setdefault(matrix.name, _Sums()).add(parts)
+
+    def result(self) -> dict[str, Sensitivity]:
+        """What is known of each matrix over all processes."""
+        unused = [m.module for m in self.matrices if m.name not in self.sources]
+        if unused:
+            raise never_ran(unused)
+        device = next(self.model.parameters()).device
+        table = [[self.energy.get(n, 0.0), self.tokens.get(n, 0)] for n in self.names]
+        felt = torch.tensor(table, dtype=torch.float64, device=device)
+        whole = dict(zip(self.names, sum_over_processes(felt).tolist(), strict=True))
+        known = {n: (item.means(), item.totals()) for n, item in self.sums.items()}
+        result = {}
+        for matrix in self.matrices:
+            grams, counts = known[self.sources[matrix.name].name]
+            value, rows = (sum(whole[n][i] for n in _holders(matrix)) for i in (0, 1))
+            shares = [n / max(rows, 1.0) if matrix.kind == "experts" else 1.0 for n in counts]
+            result[matrix.name] = Sensitivity(grams, [value * share for share in shares])
+        return result
+
+
 def measure_sensitivity(
     model: nn.Module, matrices: Sequence[Matrix], batches: Sequence[Inputs], seed: int = 0
 ) -> dict[str, Sensitivity]:
     """One forward and one backward pass over all batches, of random projections of the outputs.
 
-    Matrices that share their input share one Gram matrix. The gradient is that of the outputs of
-    the module that holds a matrix; no labels are needed.
+    Matrices that share their input share one Gram matrix. The gradient is that of all that the
+    modules give that hold a matrix: of recurrent ones their outputs and their last states. No
+    labels are needed.
 
     Raises:
         DataError: when there is no batch.
@@ -113,41 +191,10 @@ def measure_sensitivity(
     """
     if not batches:
         raise DataError("this budget needs calibration batches: it reads inputs and gradients.")
-    names = list(dict.fromkeys(matrix.module for matrix in matrices))
-    sums = {matrix.name: _Sums() for matrix in matrices}
-    energy, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    sources: dict[str, Matrix] = {}
+    felt = _Felt(model, matrices)
     with in_eval(model), differentiable([matrix.parameter for matrix in matrices]):
-        every = zip(batches, real_tokens(model, batches), strict=True)
-        for index, (batch, real) in enumerate(every):
-            found: list[tuple[str, Tensor]] = []
-            with (
-                torch.enable_grad(),
-                traced(model, names) as trace,
-                _watched_outputs(model, names, found),
-            ):
-                value = projected(model, batch, seed, index)
-            sources = sources or _sources(model, matrices, trace)
-            outputs = [output for _, output in found]
-            gradients = torch.autograd.grad(value, outputs, allow_unused=True)
-            for (name, _), gradient in zip(found, gradients, strict=True):
-                if gradient is not None:
-                    energy[name] += _energy(model.get_submodule(name), gradient)
-            for name, calls in trace.calls.items():
-                seen = (main_tensor(model.get_submodule(name), call) for call in calls)
-                tokens[name] += sum(len(real_rows(value, real.of(name))) for value in seen)
-            for matrix in dict.fromkeys(sources.values()):
-                module = model.get_submodule(matrix.module)
-                for call in trace.calls[matrix.module]:
-                    rows = rows_of(matrix, module, call, real.of(matrix.module))
-                    sums[matrix.name].add(rows)
-    device = next(model.parameters()).device
-    felt = torch.tensor([[energy[n], tokens[n]] for n in names], dtype=torch.float64, device=device)
-    whole = dict(zip(names, sum_over_processes(felt).tolist(), strict=True))
-    known = {m.name: (sums[m.name].means(), sums[m.name].totals()) for m in sources.values()}
-    result = {}
-    for matrix in matrices:
-        (value, rows), (grams, counts) = whole[matrix.module], known[sources[matrix.name].name]
-        shares = [n / max(rows, 1.0) if matrix.kind == "experts" else 1.0 for n in counts]
-        result[matrix.name] = Sensitivity(grams, [value * share for share in shares])
-    return result
+        for index, (batch, real) in enumerate(
+            zip(batches, real_tokens(model, batches), strict=True)
+        ):
+            felt.add(batch, real, seed, index)
+    return felt.result()

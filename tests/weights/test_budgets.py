@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import BertForMultipleChoice, BertForPreTraining
 
-from hf_prune.errors import ConfigError, DataError
+from hf_prune import sparsify_
+from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.recipe import Prune, count_to_remove
 from hf_prune.statistics.collect import SEED_STEP
 from hf_prune.weights.budgets import BUDGETS, OUTLIER_RANGE, allot
@@ -126,6 +127,98 @@ def test_every_position_and_every_call_is_felt(frozen):
     last = model[2].weight.detach()
     both = last.square().mean() + (last @ twice.weight.detach()).square().mean()
     assert known["0.weight"].weights == pytest.approx([4 * float(both)], rel=1e-4)
+
+
+class Last(nn.Module):
+    """What a recurrent layer ends with, read as a state or as its last output."""
+
+    def __init__(self, state, kind=nn.GRU):
+        super().__init__()
+        torch.manual_seed(1)
+        self.rnn, self.out = kind(4, 6, batch_first=True), nn.Linear(6, 3)
+        self.state = state
+
+    def forward(self, x):
+        outputs, states = self.rnn(x)
+        return self.out(states[-1] if self.state else outputs[:, -1])
+
+
+def test_states_that_a_recurrent_layer_ends_with_are_felt():
+    batch = torch.randn(5, 7, 4)
+    known = []
+    for state in (True, False):
+        model = Last(state)
+        known.append(measure_sensitivity(model, find_matrices(model), [batch]))
+    for name, one in known[0].items():
+        assert one.weights == pytest.approx(known[1][name].weights, rel=1e-5), name
+        assert one.weights[0] > 0
+
+
+class Twice(nn.Module):
+    """Two modules of one matrix, the first or the second of which hardly counts."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.two.weight = self.one.weight
+        self.factors = factors
+
+    def forward(self, x):
+        return self.one(x[:, :8]) * self.factors[0] + self.two(x[:, 8:]) * self.factors[1]
+
+
+def test_a_matrix_is_felt_through_all_modules_that_have_it():
+    inputs = torch.randn(40, 16)
+    grams = [part.T @ part for part in inputs.split(8, dim=1)]
+    for factors in ((1e-3, 1.0), (1.0, 1e-3)):
+        model = Twice(factors)
+        (known,) = measure_sensitivity(model, find_matrices(model), [inputs]).values()
+        assert known.weights == pytest.approx([40 * (1 + 1e-6)], rel=1e-4)
+        torch.testing.assert_close(known.grams[0], (grams[0] + grams[1]) / 80)
+
+
+class Picky(nn.Module):
+    """Calls its second layer from the second batch on, and gives a list."""
+
+    def __init__(self, gives=list):
+        super().__init__()
+        self.one, self.two, self.gives = nn.Linear(4, 4), nn.Linear(4, 4), gives
+
+    def forward(self, x):
+        hidden = self.one(x).tanh()
+        return self.gives([self.two(hidden) if len(x) > 8 else hidden])
+
+
+@pytest.mark.parametrize("solver", ["knapsack", "outliers"])
+def test_budgets_follow_what_not_every_batch_runs(solver):
+    model = Picky()
+    result = sparsify_(model, [torch.randn(8, 4), torch.randn(9, 4)], sparsity=0.5, solver=solver)
+    assert sum(int((~mask).sum()) for mask in result.masks.values()) == 16
+    with pytest.raises(UnsupportedModelError, match="never ran two"):
+        sparsify_(Picky(), [torch.randn(8, 4)], sparsity=0.5, solver=solver)
+
+
+class Packed(Last):
+    def forward(self, x):
+        lengths = torch.full((len(x),), x.shape[1])
+        return super().forward(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))
+
+
+def test_what_a_budget_cannot_follow_is_said():
+    with pytest.raises(UnsupportedModelError, match="gives a set, of which no gradient"):
+        sparsify_(Picky(set), [torch.randn(9, 4)], sparsity=0.5, solver="knapsack")
+    with pytest.raises(UnsupportedModelError, match="Pass padded tensors instead of packed"):
+        sparsify_(Packed(True), [torch.randn(2, 5, 4)], sparsity=0.5, solver="knapsack")
+
+
+def test_gradients_of_what_never_ran_say_nothing():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].extra = nn.Linear(4, 4)
+    before = model[0].extra.weight.clone()
+    told = {"criterion": "fisher_diagonal", "solver": "global", "reconstruct": False}
+    with pytest.raises(UnsupportedModelError, match=r"calibration never ran 0\.extra"):
+        sparsify_(model, [torch.randn(8, 4)], sparsity=0.5, weights={"dense_target": False}, **told)
+    assert torch.equal(model[0].extra.weight, before)
 
 
 def test_experts_are_felt_by_the_tokens_that_they_get(tiny, inputs_for):
