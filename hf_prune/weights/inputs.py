@@ -220,7 +220,8 @@ def _steps(module: nn.RNNBase, call: Call, key: str) -> Tensor:
     start = call.args[1] if len(call.args) > 1 else call.kwargs.get("hx")
     states = start if isinstance(start, tuple) else (start,)
     if value.ndim == 2:
-        value, states = value.unsqueeze(0 if module.batch_first else 1), (None,)
+        value = value.unsqueeze(0 if module.batch_first else 1)
+        states = tuple(None if state is None else state.unsqueeze(1) for state in states)
     time = 1 if module.batch_first else 0
     ways = 2 if module.bidirectional else 1
     for layer in range(module.num_layers):

@@ -202,6 +202,21 @@ def test_a_given_first_state_counts():
     torch.testing.assert_close(rows[0, :2], start[0])
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_given_first_state_of_one_sequence_counts(kind, batch_first):
+    """One sequence without a batch, of two layers and directions, is seen as a batch of one."""
+    torch.manual_seed(0)
+    module = kind(4, 3, num_layers=2, bidirectional=True, batch_first=batch_first)
+    inputs, start = torch.randn(5, 4), torch.randn(4, 3)
+    given = (start, torch.randn(4, 3)) if kind is nn.LSTM else start
+    output = module(inputs, given)[0]
+    _, rows = rows_of(module, "weight_hh_l1", inputs, given)
+    torch.testing.assert_close(rows[0], torch.cat([start[2:3], output[:-1, :3]]))
+    _, rows = rows_of(module, "weight_hh_l1_reverse", inputs, given)
+    torch.testing.assert_close(rows[0], torch.cat([start[3:4], output[1:, 3:].flip(0)]))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_rows_of_recurrent_cells(kind):
     cell, inputs, state = kind(4, 3), torch.randn(2, 4), torch.randn(2, 3)
