@@ -51,8 +51,12 @@ class Enough(Exception):  # it ends a pass early, and is no error
 
 @contextmanager
 def in_eval(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode inside a `with` block, and in the mode that they were in after it."""
+    """Models in eval mode inside a `with` block, and each module in its own mode after it.
+
+    Modules that are put into a model meanwhile get the mode of the model.
+    """
     modes = [model.training for model in models]
+    own = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
@@ -60,6 +64,8 @@ def in_eval(*models: nn.Module) -> Iterator[None]:
     finally:
         for model, training in zip(models, modes, strict=True):
             model.train(training)
+        for module, training in own:  # a frozen norm stays in eval mode while all else trains
+            module.training = training
 
 
 @contextmanager

@@ -78,3 +78,13 @@ def test_modes_come_back_after_an_error():
     with pytest.raises(ValueError, match="inside"):
         fail()
     assert (training.training, still.training) == (True, False)
+
+
+def test_every_module_keeps_its_mode():
+    """A frozen norm stays frozen while all else trains; what is new has the mode of the model."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
+    model[1].eval()
+    with in_eval(model):
+        assert not any(module.training for module in model.modules())
+        model.append(nn.Linear(2, 2).eval())
+    assert [module.training for module in model.modules()] == [True, True, False, True]
