@@ -164,19 +164,24 @@ def _by_knapsack(
 
 
 def _within_room(matrices: Sequence[Matrix], removed: Removed, pattern: Pattern) -> Removed:
-    """At least one block of every matrix stays: a layer of zeros would end the network."""
-    if pattern.kind != "block":
+    """At least one block, or entry, of every matrix stays: zeros alone would end the network."""
+    if pattern.kind == "n:m":
         return removed
-    result, whole = dict(removed), []
+    result, whole, emptied = dict(removed), [], []
     for matrix in matrices:
         _, rows, columns = matrix.view(matrix.parameter).shape
         room = room_of(pattern, (rows, columns))
         result[matrix.name] = [min(count, room) for count in removed[matrix.name]]
         if not room and any(removed[matrix.name]):
             whole.append(matrix.name)
+        elif pattern.kind == "unstructured" and result[matrix.name] != removed[matrix.name]:
+            emptied.append(matrix.name)
     if whole:
+        smallest = f"one block of {pattern}" if pattern.kind == "block" else "one weight"
+        logger.warning("no larger than %s, and left as they are: %s", smallest, ", ".join(whole))
+    if emptied:
         logger.warning(
-            "no larger than one block of %s, and left as they are: %s", pattern, ", ".join(whole)
+            "the budget would leave nothing of %s: one weight of each stays", ", ".join(emptied)
         )
     return result
 
@@ -191,7 +196,8 @@ def allot(
 ) -> Removed:
     """Entries to remove from each matrix, in all exactly what `sparsity` asks for.
 
-    Where blocks go, each matrix keeps one at least, and less may go than was asked for.
+    Each matrix (expert, group of a convolution) keeps one block or weight at least, so that less
+    may go than was asked for.
 
     Args:
         model: dense, and not changed.

@@ -132,8 +132,10 @@ def _keep_blocks(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
 
 
 def room_of(pattern: Pattern, shape: tuple[int, int]) -> int:
-    """The most entries that can be asked of a `[R, C]` matrix so that one block of it stays."""
+    """The most entries that can be asked of a `[R, C]` matrix so that one block or entry stays."""
     rows, columns = shape
+    if pattern.kind == "unstructured":
+        return rows * columns - 1
     return rows * columns - min(pattern.first, rows) * min(pattern.second, columns)
 
 

@@ -369,6 +369,18 @@ def test_a_block_of_every_matrix_stays(budget, caplog):
     assert "no larger than one block of 16x16, and left as they are: 0.weight" in caplog.text
 
 
+def test_a_weight_of_every_matrix_stays(caplog):
+    """Of a matrix that ranks last as a whole one weight stays, and it is named."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model[2].weight.data *= 0.001
+    largest = model[2].weight.detach().abs().argmax()
+    told = stage(criterion="magnitude", solver="global", reconstruct=False, **PLAIN)
+    prune_stage_(model, told, [], 0)
+    assert model[2].weight.flatten().nonzero().flatten().tolist() == [int(largest)]
+    assert "the budget would leave nothing of 2.weight: one weight of each stays" in caplog.text
+
+
 def test_scores_without_inputs(tiny):
     """Collected ones come first; a criterion that needs inputs gives way to the magnitude."""
     weight = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
