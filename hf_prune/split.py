@@ -47,7 +47,7 @@ def prune_weights(
         stage: of `units: [weights]`.
         batches: calibration batches, of which the stage's `calibration_samples` are read.
         seed: of everything random.
-        masks: of earlier stages.
+        masks: of earlier stages. Their zeros stay zeros, and count as removed.
 
     Returns:
         What stays, the masks of all stages, and the entry for the report.
@@ -55,7 +55,7 @@ def prune_weights(
     batches = first_examples(model, batches, stage.calibration_samples)
     steps = stage.single.polish_steps
     before = copy.deepcopy(model) if steps else model
-    result, entry = prune_stage_(model, stage, batches, seed)
+    result, entry = prune_stage_(model, stage, batches, seed, earlier=masks)
     if steps:
         entry["polish"] = polish_(model, before, batches, steps=steps)
     masks = {**masks, **result.masks}

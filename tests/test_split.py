@@ -40,9 +40,9 @@ def test_every_stage_reads_as_many_examples_as_it_says(tiny, inputs_for, monkeyp
     """Units are decided on all of them, weights on fewer: the longer reading is not the rule."""
     seen, real = [], room.prune_stage_
 
-    def watches(model, stage, batches, seed):
+    def watches(model, stage, batches, seed, **told):
         seen.append(sum(len(batch["input_ids"]) for batch in batches))
-        return real(model, stage, batches, seed)
+        return real(model, stage, batches, seed, **told)
 
     monkeypatch.setattr(room, "prune_stage_", watches)
     common = {"stage": "prune", "sparsity": 0.5, "min_calibration_samples": 1}
@@ -50,6 +50,41 @@ def test_every_stage_reads_as_many_examples_as_it_says(tiny, inputs_for, monkeyp
     weights = {**common, "units": ["weights"], "calibration_samples": 5}
     compress(tiny("bert"), {"stages": [units, weights]}, [inputs_for("bert", s) for s in range(4)])
     assert seen == [5]
+
+
+LATER = [
+    {},
+    {"criterion": "sparsegpt"},
+    {"criterion": "wanda", "reconstruct": False, "weights": {"dense_target": False}},
+    {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}},
+    {"solver": "knapsack"},
+    {"weights": {"pattern": "4x2"}},
+]
+"""Stages that choose in every way there is."""
+
+
+@TWO
+@pytest.mark.parametrize("later", LATER)
+def test_zeros_of_an_earlier_stage_stay(tiny, inputs_for, name, later):
+    """They count as removed: less never gives weights back, more goes on from them."""
+    batches = [inputs_for(name, seed) for seed in range(3)]
+    common = {"stage": "prune", "units": ["weights"], "min_calibration_samples": 4}
+    whole = {"remove_dead": False}
+    first = {**common, "weights": {"pattern": "2:4", **whole}}
+    once = compress(tiny(name), {"stages": [first]}, batches)
+    for sparsity in (0.3, 0.6):
+        weights = {**later.get("weights", {}), **whole}
+        second = {**common, **later, "sparsity": sparsity, "weights": weights}
+        twice = compress(tiny(name), {"stages": [first, second]}, batches)
+        zeros = total = 0
+        for key, mask in twice.masks.items():
+            weight = twice.model.get_parameter(key)
+            assert not (mask & ~once.masks[key]).any(), key
+            assert torch.equal(weight != 0, mask), key
+            zeros, total = zeros + int((~mask).sum()), total + mask.numel()
+        assert zeros / total >= max(sparsity, 0.5)
+        if "solver" not in later:
+            assert zeros / total < max(sparsity, 0.5) + 0.01
 
 
 @TWO
@@ -179,9 +214,9 @@ def test_the_judge_is_not_fitted(tiny, inputs_for, monkeypatch):
     used = []
     plain = __import__("hf_prune.split", fromlist=["prune_stage_"]).prune_stage_
 
-    def watch(model, stage, batches, seed):
+    def watch(model, stage, batches, seed, **told):
         used.append(sorted(rows(batches)))
-        return plain(model, stage, batches, seed)
+        return plain(model, stage, batches, seed, **told)
 
     refitted = []
     once = __import__("hf_prune.split", fromlist=["prune_once"]).prune_once

@@ -265,7 +265,8 @@ def prune_block(
             for index, item in enumerate(moments):
                 bias = _bias(block, matrix, index)
                 weight = matrix.view(matrix.parameter.data)[index]
-                subject = Subject(matrix.name, index, weight, bias, on_sum)
+                allowed = options.allowed_of(matrix, index)
+                subject = Subject(matrix.name, index, weight, bias, on_sum, allowed)
                 fit = solve(subject, item, removed[matrix.name][index], options)
                 kept = same_on_all(fit.mask.to(torch.uint8)).bool()
                 matrix.write_(mask, index, kept)

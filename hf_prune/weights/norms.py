@@ -17,7 +17,8 @@ from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.moments import same_on_all
 from hf_prune.weights.find import Matrix, set_values_
 from hf_prune.weights.inputs import never_ran, real_rows
-from hf_prune.weights.patterns import Pattern, keep
+from hf_prune.weights.patterns import keep
+from hf_prune.weights.problem import Options
 
 
 def _squares(
@@ -57,7 +58,7 @@ def prune_by_norms(
     local: Mapping[str, str],
     matrices: Sequence[Matrix],
     removed: Mapping[str, Sequence[int]],
-    pattern: Pattern,
+    options: Options,
     *,
     run: Callable[[int], Any],
     masks: Sequence[Tensor | None],
@@ -69,7 +70,7 @@ def prune_by_norms(
         local: by module of the model, its name in the layer.
         matrices: of the layer; linear ones.
         removed: entries to remove from each matrix, by parameter name.
-        pattern: where zeros may be.
+        options: of which the pattern and the masks of earlier stages count.
         run: runs the layer on a batch, given by its number.
         masks: real tokens of each batch, `[B, T]`.
 
@@ -91,7 +92,8 @@ def prune_by_norms(
             raise NumericsError(f"{matrix.name}: its inputs on calibration data are not finite.")
         weight = matrix.view(matrix.parameter.data)[0]
         scores = weight.float().abs() * inputs.sqrt().float()
-        kept = keep(same_on_all(scores), removed[matrix.name][0], pattern)
+        count, allowed = removed[matrix.name][0], options.allowed_of(matrix, 0)
+        kept = keep(same_on_all(scores), count, options.pattern, allowed)
         lost = scores.double().square()
         error = float((lost * ~kept).sum() / lost.sum().clamp(min=1e-30))
         mask = torch.ones_like(matrix.parameter, dtype=torch.bool)

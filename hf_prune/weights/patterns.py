@@ -118,9 +118,12 @@ def blocks_of(scores: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     return per_block(scores.square()) / sizes, sizes.long()
 
 
-def _keep_blocks(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
+def _keep_blocks(scores: Tensor, removed: int, pattern: Pattern, allowed: Tensor | None) -> Tensor:
     rows, columns = scores.shape
     means, sizes = blocks_of(scores, pattern)
+    if allowed is not None:  # what is gone already leaves less to remove, from every block
+        gone = blocks_of((~allowed).float(), pattern)[0] * sizes
+        sizes, removed = sizes - gone.round().long(), max(removed - int((~allowed).sum()), 0)
     order = means.flatten().argsort(stable=True)
     total = sizes.flatten()[order].cumsum(0)
     count = int((total < removed).sum()) + 1 if removed else 0
@@ -139,22 +142,29 @@ def room_of(pattern: Pattern, shape: tuple[int, int]) -> int:
     return rows * columns - min(pattern.first, rows) * min(pattern.second, columns)
 
 
-def keep(scores: Tensor, removed: int, pattern: Pattern) -> Tensor:
+def keep(scores: Tensor, removed: int, pattern: Pattern, allowed: Tensor | None = None) -> Tensor:
     """The mask of a pattern that keeps the largest scores.
 
     Args:
         scores: `[R, C]`, not negative, finite; blocks are ranked by the mean of their squares.
         removed: entries to remove, from `removed_by`; `n:m` needs no count.
         pattern: where zeros may be.
+        allowed: `[R, C]`, False where nothing may stay; these entries go first, and count as
+            removed. All may stay, if it is None.
 
     Returns:
         `[R, C]`, True = keep.
     """
-    if pattern.kind == "n:m":
-        return _keep_n_of_m(scores, pattern.first, pattern.second)
     if pattern.kind == "block":
-        return _keep_blocks(scores, removed, pattern)
-    return _keep_unstructured(scores, removed, rows=pattern.rows)
+        left = scores if allowed is None else scores * allowed
+        kept = _keep_blocks(left, removed, pattern, allowed)
+    else:
+        left = scores if allowed is None else scores.masked_fill(~allowed, -1)
+        if pattern.kind == "n:m":
+            kept = _keep_n_of_m(left, pattern.first, pattern.second)
+        else:
+            kept = _keep_unstructured(left, removed, rows=pattern.rows)
+    return kept if allowed is None else kept & allowed
 
 
 def keep_of_all(scores: Sequence[Tensor], removed: int) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_prune.errors import NumericsError
 from hf_prune.statistics.moments import Moments, damped_cholesky, means
+from hf_prune.weights.find import Matrix
 from hf_prune.weights.patterns import Pattern
 from hf_prune.weights.solvers import SOLVERS, Problem, admm, project
 
@@ -57,6 +58,8 @@ class Options:
     seed: int = 0
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     """Of criteria that were scored before the walk, in the shape of each parameter's view."""
+    earlier: Mapping[str, Tensor] = field(default_factory=dict)
+    """Masks of earlier stages, in the shape of each parameter: their zeros stay zeros."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -67,6 +70,13 @@ class Options:
     def norms_only(self) -> bool:
         """Whether the norms of inputs are all that is read of them."""
         return self.criterion == "wanda" and not self.dense_target and self.refit_steps == 0
+
+    def allowed_of(self, matrix: Matrix, group: int) -> Tensor | None:
+        """Where something may stay in one group of a matrix, `[R, C]`; None, where all may."""
+        mask = self.earlier.get(matrix.name)
+        if mask is None:
+            return None
+        return matrix.view(mask)[group].to(matrix.parameter.device)
 
     def scores_of(self, name: str, group: int, weight: Tensor) -> Tensor:
         """Scores `[R, C]` of one matrix that need no inputs; higher = keep.
@@ -86,7 +96,8 @@ class Subject:
     """One matrix as it is: `weight` is `[R, C]`, `bias` is `[R]` or None.
 
     `on_sum` says that the targets of its moments are dense outputs `[R]` that already contain what
-    the residual lost; otherwise they are dense inputs `[C]`.
+    the residual lost; otherwise they are dense inputs `[C]`. `allowed`, `[R, C]`, is False where
+    an earlier stage has left nothing.
     """
 
     name: str
@@ -94,6 +105,7 @@ class Subject:
     weight: Tensor
     bias: Tensor | None
     on_sum: bool = False
+    allowed: Tensor | None = None
 
 
 @dataclass
@@ -146,7 +158,8 @@ def make_problem(
     rounding = torch.finfo(torch.float32).eps * float((gram.diagonal() + mean_x.square()).mean())
     damping = options.ridge * max(float(gram.diagonal().mean()), rounding, 1e-12)
     if not options.dense_target:
-        problem = Problem(old.float(), _damped(gram, damping), options.pattern, removed)
+        damped = _damped(gram, damping)
+        problem = Problem(old.float(), damped, options.pattern, removed, subject.allowed)
         return problem, mean_x, old @ mean_x + bias
     if not subject.on_sum:
         cross, mean_t = old @ cross, old @ mean_t + bias
@@ -154,7 +167,7 @@ def make_problem(
     target = torch.cholesky_solve((cross + damping * old).float().T, factor).T
     if not torch.isfinite(target).all():
         raise NumericsError("what the dense network computed is not finite on calibration data.")
-    problem = Problem(target.contiguous(), gram, options.pattern, removed)
+    problem = Problem(target.contiguous(), gram, options.pattern, removed, subject.allowed)
     return problem, mean_x, mean_t
 
 

@@ -7,6 +7,7 @@ the target, nothing is copied, and no dense layer runs.
 """
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -68,7 +69,8 @@ def _prune_without_data(matrices: Sequence[Matrix], job: Job) -> None:
         mask = torch.ones_like(matrix.parameter, dtype=torch.bool)
         for group, weight in enumerate(matrix.view(matrix.parameter.data)):
             scores = options.scores_of(matrix.name, group, weight)
-            kept = keep(scores, job.removed[matrix.name][group], options.pattern)
+            count, allowed = job.removed[matrix.name][group], options.allowed_of(matrix, group)
+            kept = keep(scores, count, options.pattern, allowed)
             matrix.write_(mask, group, kept)
             set_values_(matrix, group, torch.where(kept, weight, 0))
         job.result.masks[matrix.name] = mask
@@ -160,7 +162,7 @@ def _prune_light(layer: _Layer, matrices: Sequence[Matrix], job: Job) -> dict[st
         {m.module: m.module.removeprefix(f"{layer.name}.") for m in matrices},
         matrices,
         job.removed,
-        job.options.pattern,
+        job.options,
         run=layer.run_pruned,
         masks=[stream.mask for stream in layer.streams],
     )
@@ -271,6 +273,13 @@ def _prune_whole(
         job.result.errors[matrix.name] = sum(fit.error for fit in fits) / len(fits)
 
 
+def _with_earlier(matrix: Matrix, removed: Sequence[int], options: Options) -> list[int]:
+    """Entries to remove from each group: no fewer than earlier stages have removed."""
+    masks = (options.allowed_of(matrix, group) for group in range(len(removed)))
+    zeros = [0 if mask is None else int((~mask).sum()) for mask in masks]
+    return [max(pair) for pair in zip(removed, zeros, strict=True)]
+
+
 @torch.no_grad()
 def prune_weights_(
     model: nn.Module,
@@ -280,6 +289,7 @@ def prune_weights_(
     batches: Sequence[Inputs] = (),
     *,
     progress: Progress | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
 ) -> Pruned:
     """Prune single weights of any module, in place.
 
@@ -291,6 +301,7 @@ def prune_weights_(
         batches: calibration inputs: dicts of tensors for transformers, else tensors or tuples.
             Padding is not counted where an attention mask says so.
         progress: where finished layers are kept, of known families only.
+        earlier: masks of earlier stages. Their zeros stay zeros, and count as removed.
 
     Returns:
         Masks, and the relative error of the outputs of each matrix.
@@ -303,6 +314,9 @@ def prune_weights_(
     """
     plain = [m for m in matrices if m.kind == "embedding" or not options.needs_inputs]
     rest = [m for m in matrices if m not in plain]
+    if earlier:
+        options = dataclasses.replace(options, earlier=earlier)
+        removed = {m.name: _with_earlier(m, removed[m.name], options) for m in matrices}
     job = Job(removed, options, progress)
     if not rest:
         if progress is not None:

@@ -7,7 +7,7 @@ network really has; without it, `W0` is the old weight. Nothing below knows whic
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,16 +21,20 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """One matrix to prune: `target` is `W0`, `[R, C]`; `gram` is `H`, `[C, C]`, damped."""
+    """One matrix to prune: `target` is `W0`, `[R, C]`; `gram` is `H`, `[C, C]`, damped.
+
+    `allowed`, `[R, C]`, is False where nothing may stay; None, where all may.
+    """
 
     target: Tensor
     gram: Tensor
     pattern: Pattern
     removed: int
+    allowed: Tensor | None = None
 
     def keep(self, scores: Tensor) -> Tensor:
         """The mask that keeps the largest scores, `[R, C]`."""
-        return keep(scores, self.removed, self.pattern)
+        return keep(scores, self.removed, self.pattern, self.allowed)
 
     def error(self, weight: Tensor) -> Tensor:
         """Mean square over tokens, in each row `[R]`, of what `weight` gets wrong."""
@@ -42,7 +46,7 @@ def _scaled(problem: Problem) -> tuple[Problem, Tensor]:
     """The same problem in units in which every input has mean square one, and these units `[C]`."""
     units = problem.gram.diagonal().sqrt()  # [C]
     gram = problem.gram / torch.outer(units, units)
-    return Problem(problem.target * units, gram, problem.pattern, problem.removed), units
+    return replace(problem, target=problem.target * units, gram=gram), units
 
 
 def _factor(gram: Tensor, *, upper: bool = False) -> Tensor:
@@ -163,7 +167,8 @@ def sparsegpt(problem: Problem, steps: int, *, block: int = BLOCK) -> tuple[Tens
         part, factor = weight[:, start:end], upper[start:end, start:end]
         scores = part.abs() / factor.diagonal()
         wanted = max(0, problem.removed * end // columns - gone)  # a block may have gone too far
-        chosen = keep(scores, wanted, problem.pattern)
+        allowed = None if problem.allowed is None else problem.allowed[:, start:end]
+        chosen = keep(scores, wanted, problem.pattern, allowed)
         gone += int((~chosen).sum())
         mask[:, start:end] = chosen
         errors = torch.zeros_like(part)

@@ -171,6 +171,7 @@ def prune_stage_(
     seed: int,
     *,
     progress: Path | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
 ) -> tuple[Pruned, dict[str, Any]]:
     """Prune single weights of any module in place, as a stage says.
 
@@ -180,6 +181,7 @@ def prune_stage_(
         batches: calibration inputs, where the stage needs them.
         seed: of everything random.
         progress: a folder in which finished layers are kept, so that an interrupted run goes on.
+        earlier: masks of earlier stages. Their zeros stay zeros, and count as removed.
 
     Returns:
         Masks and errors, and the entry for the report.
@@ -204,7 +206,9 @@ def prune_stage_(
     else:
         removed = allot(model, matrices, stage.solver, stage.fraction, options, batches)
     kept = _progress(progress, model, stage, batches, seed)
-    result = prune_weights_(model, matrices, removed, options, batches, progress=kept)
+    result = prune_weights_(
+        model, matrices, removed, options, batches, progress=kept, earlier=earlier
+    )
     total = sum(mask.numel() for mask in result.masks.values())
     gone = total - sum(int(mask.sum()) for mask in result.masks.values())
     entry = {
@@ -231,7 +235,9 @@ def sparsify_(
     """Prune single weights of any `nn.Module` in place: a CNN, an LSTM, a model of transformers.
 
     Matrices of linear layers, convolutions and recurrent layers are followed to their inputs, and
-    what stays is re-fitted so that the module gives what it gave.
+    what stays is re-fitted so that the module gives what it gave. Zeros that are in a module
+    already are weights like others, and may become something else: `KeepZeros` and the later
+    stages of `compress` know which zeros were chosen.
 
     Args:
         module: left in the mode that it was in.

@@ -114,3 +114,22 @@ def test_unknown_pattern(text):
 def test_a_pattern_that_removes_nothing():
     with pytest.raises(ConfigError, match="'4:4' keeps 4 of 4: nothing would go"):
         parse_pattern("4:4")
+
+
+@pytest.mark.parametrize("text", ["unstructured", "2:4", "2x2"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_what_is_gone_already_goes_first(text, rows):
+    """It counts as removed: nothing more goes than is asked, nothing comes back."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(8, 12, generator=generator)
+    allowed = keep(torch.rand(8, 12, generator=generator), 24, Pattern(rows=True))
+    pattern = parse_pattern(text, rows=rows and text == "unstructured")
+    for removed in (10, 24, 60):
+        mask = keep(scores, removed, pattern, allowed)
+        assert not (mask & ~allowed).any()
+        gone = int((~mask).sum())
+        if text != "2:4":
+            assert max(removed, 24) <= gone < max(removed, 24) + 4
+            assert torch.equal(mask, allowed) == (removed <= 24)
+    everything = torch.ones_like(allowed)
+    assert torch.equal(keep(scores, 60, pattern, everything), keep(scores, 60, pattern))
