@@ -163,7 +163,7 @@ def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
             if hidden is None:
                 fitted = refit_as_asked(model, targets, stage, decision.selection.plan)
             elif hidden.removed:
-                fitted = refit_width(model, targets, hidden.kept, ridge=stage.ridge)
+                fitted = refit_width(model, targets, hidden.kept, ridge=stage.pull)
     entry = {
         "kind": "structure",
         **decision.to_dict(),

@@ -13,12 +13,14 @@ from bench_rows import peak_bytes
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_prune.recipe import RIDGE
 from hf_prune.training.polish import polish_
 from hf_prune.weights.budgets import allot
 from hf_prune.weights.find import find_matrices
 from hf_prune.weights.patterns import parse_pattern
 from hf_prune.weights.problem import Options
 from hf_prune.weights.prune import prune_weights_
+from hf_prune.weights.stage import DECODER_RIDGE
 
 METHODS: dict[str, dict[str, Any]] = {
     "admm": {"criterion": "admm", "dense_target": True, "refit_steps": 10},
@@ -35,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
 """What is compared, best first, so that an interrupted run has the most telling rows."""
 KNAPSACK = {"admm, knapsack": {"budget": "knapsack", **METHODS["admm"]}}
 """The default with budgets by layer errors, for one more backward pass."""
+LIGHT = ", ridge 0.01"
+"""Ends the names of rows with the ridge of encoders in the place of that of decoders."""
 ORDER = ("2:4", "0.7", "0.5", "0.6", "4:8")
 
 
@@ -84,8 +88,10 @@ def language_model(out: Path, levels: str, methods: str, polish: int, **about: A
             polished = f"{key}, {polish} steps on norms" if polish else key
             if key in case.rows and polished in case.rows:
                 continue
-            model = case.model()
-            row = prune_copy(model, case.calibration, level, {**known[name], "rows": True}, ())
+            model, method = case.model(), dict(known[name.removesuffix(LIGHT)])
+            heavy = method["dense_target"] and not name.endswith(LIGHT)
+            method |= {"rows": True, "ridge": DECODER_RIDGE if heavy else RIDGE}
+            row = prune_copy(model, case.calibration, level, method, ())
             case.rows.add(key, {"perplexity": perplexity(model, case.test), **row})
             if polish:
                 add_polished(case, polished, model, polish)

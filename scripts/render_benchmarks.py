@@ -59,6 +59,7 @@ _RECOVERY: Grid = (re.compile(rf"[\w-]+:\d {_LEVEL} (?P<method>.+)"), "kept_of_d
 GRIDS = {
     "structured_rotten_tomatoes": _TEXT,
     "structured_reuters_r8": _TEXT,
+    "structured_reuters_r8_criteria": _TEXT,
     "structured_smollm2": _LANGUAGE,
     "weights_rotten_tomatoes": _TEXT,
     "weights_reuters_r8": _TEXT,
@@ -87,6 +88,8 @@ _WIKITEXT = (
 ABOUT = {
     "structured_rotten_tomatoes": _DRAWS,
     "structured_reuters_r8": _DRAWS,
+    "structured_reuters_r8_criteria": "The criteria that are not in the table above, and the "
+    "default, on a dense model that `benchmark.py classifier` makes. " + _DRAWS,
     "structured_smollm2": _WIKITEXT,
     "weights_smollm2": _WIKITEXT,
     "training_methods": _STEPS.format(steps=188)

@@ -216,7 +216,7 @@ def test_what_would_be_ignored_is_refused(stages, text):
 def test_defaults_written_out_are_not_refused():
     written = one(**SINGLE, search_trials=0, rescale=False, round_to=1, even=False)
     assert load_recipe(written) == load_recipe(one(**SINGLE))
-    written = one(units=["experts"], min_heads=1, min_neurons=1, ridge=0.01, reconstruct=False)
+    written = one(units=["experts"], min_heads=1, min_neurons=1, ridge=None, reconstruct=False)
     assert load_recipe(written) == load_recipe(one(units=["experts"], reconstruct=False))
     target = {"speedup": "2x", "batch_size": 4}
     told = load_recipe({"stages": [{"stage": "prune", "target": target, "ridge": 0.5}]})

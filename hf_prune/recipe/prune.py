@@ -16,7 +16,7 @@ Unit = Literal["heads", "neurons", "query_heads", "experts", "expert_neurons", "
 UNITS: tuple[str, ...] = get_args(Unit)
 """The kinds of unit that a recipe can name."""
 RIDGE = 1e-2
-"""The default of `ridge`."""
+"""What `ridge` is, where a stage does not say it."""
 
 
 def _default_of(structure: str, **others: str) -> Callable[[dict[str, Any]], str]:
@@ -101,9 +101,11 @@ class Prune(Model):
     rescale: bool = False
     """Fit one factor for each unit that stays (arXiv:2204.09656), written into its columns, and the
     bias: before `reconstruct`, or instead of it. Held-out examples decide whether it is kept."""
-    ridge: float = Field(default=RIDGE, gt=0)
+    ridge: float | None = Field(default=None, gt=0)
     """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal. Held-out
-    examples choose between a tenth of it, itself and ten times it."""
+    examples choose between a tenth of it, itself and ten times it; single weights take it as it is.
+    If not given, 0.01; for single weights of models that generate, fitted to the dense network,
+    0.1, where that was measured to be better: less of it fits the calibration text too closely."""
     reconstruction_samples: int | None = Field(default=None, ge=1)
     """Examples for the re-fit of heads and neurons; as many as `calibration_samples`, if not given.
     More help from about 85 % sparsity on."""
@@ -288,7 +290,7 @@ class Prune(Model):
             and not kinds & {"heads", "query_heads"},
             "min_neurons is for neurons: leave it out": self.min_neurons != 1
             and not kinds & {"neurons", "expert_neurons"},
-            "ridge is of a re-fit: leave it out, or reconstruct: false": self.ridge != RIDGE
+            "ridge is of a re-fit: leave it out, or reconstruct: false": self.ridge is not None
             and not (refits or "weights" in kinds),
             "weights: {polish_steps: ...} is for one shot: leave it out, the training after the "
             "schedule moves norms and biases too": gradual and self.single.polish_steps > 0,
@@ -349,6 +351,11 @@ class Prune(Model):
         """The sparsity that an n:m pattern has by itself."""
         kept, colon, of = self.single.pattern.partition(":")
         return 1 - int(kept) / int(of) if colon and int(kept) < int(of) else None
+
+    @property
+    def pull(self) -> float:
+        """The ridge of the re-fit of heads and neurons."""
+        return RIDGE if self.ridge is None else self.ridge
 
     @property
     def structural(self) -> bool:

@@ -318,7 +318,7 @@ def refit_as_asked(
     return refit(
         model,
         targets,
-        ridge=stage.ridge,
+        ridge=stage.pull,
         changed=changed,
         kept=plan if parallel else None,
         rescale=stage.rescale,

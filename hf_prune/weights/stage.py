@@ -24,6 +24,9 @@ from hf_prune.weights.progress import Progress, digest_of
 from hf_prune.weights.prune import Pruned, prune_weights_
 from hf_prune.weights.walk import Inputs
 
+DECODER_RIDGE = 1e-1
+"""Default of `ridge` for models that generate, where the dense network is aimed at: SmolLM2-135M at
+2:4 gives 46.9 with it, and 49.0 with the 0.01 that encoders want (perplexity, 16,384 tokens)."""
 MEASURED = ("outliers", "knapsack")
 """Solvers that read calibration batches."""
 BY_SIZE = ("magnitude_sigma", "magnitude")
@@ -72,7 +75,7 @@ def _check_nothing_ignored(stage: Prune) -> None:
             "would be ignored. Leave them out, or use fisher_diagonal."
         )
     fits = stage.reconstruct or stage.single.dense_target or stage.solver == "knapsack"
-    if stage.ridge != RIDGE and not fits and stage.criterion in (*DATA_FREE, *GRADIENTS):
+    if stage.ridge is not None and not fits and stage.criterion in (*DATA_FREE, *GRADIENTS):
         raise ConfigError(
             f"ridge={stage.ridge:g}: nothing is fitted with reconstruct: false, weights: "
             "{dense_target: false}, and it would be ignored. Leave it out, or one of these."
@@ -90,12 +93,25 @@ def needs_data(stage: Prune) -> bool:
     )
 
 
+def _generates(model: nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and bool(model.can_generate())
+
+
+def _ridge(model: nn.Module, stage: Prune) -> float:
+    """What the stage says; else more for models that generate, where the dense network is aimed at.
+
+    Such a fit also repairs what earlier layers lost, and can learn the calibration text by heart.
+    """
+    if stage.ridge is not None:
+        return stage.ridge
+    return DECODER_RIDGE if _generates(model) and stage.single.dense_target else RIDGE
+
+
 def _pattern(model: nn.Module, stage: Prune) -> Pattern:
     """With `rank: auto` in rows of models that generate, but for one ranking, or a threshold."""
     rank = stage.single.rank
-    generates = isinstance(model, PreTrainedModel) and bool(model.can_generate())
     whole = stage.solver == "global" or stage.single.threshold_std is not None
-    in_rows = generates and not whole
+    in_rows = _generates(model) and not whole
     return parse_pattern(stage.single.pattern, rows=rank == "row" or (rank == "auto" and in_rows))
 
 
@@ -106,7 +122,7 @@ def options_of(model: nn.Module, stage: Prune, seed: int, scores: Mapping[str, T
         pattern=_pattern(model, stage),
         dense_target=stage.single.dense_target,
         refit_steps=stage.single.refit_steps if stage.reconstruct else 0,
-        ridge=stage.ridge,
+        ridge=_ridge(model, stage),
         iterations=stage.single.iterations,
         penalty=stage.single.penalty,
         seed=seed,

@@ -18,7 +18,7 @@ from hf_prune.weights.patterns import Pattern, parse_pattern
 from hf_prune.weights.problem import CRITERIA, Options, data_free_scores
 from hf_prune.weights.sensitivity import measure_sensitivity
 from hf_prune.weights.solvers import Problem, wanda
-from hf_prune.weights.stage import check_weight_stage, needs_data, prune_stage_
+from hf_prune.weights.stage import check_weight_stage, needs_data, options_of, prune_stage_
 from hf_prune.weights.walk import real_tokens
 
 PLAIN = {"weights": {"dense_target": False}}
@@ -414,6 +414,19 @@ def test_every_criterion_takes_every_pattern(criterion, pattern, tiny, inputs_fo
     assert entry["pattern"] == pattern
     for name, mask in result.masks.items():
         assert not model.get_parameter(name)[~mask].any(), name
+
+
+def test_the_ridge_is_that_of_what_the_model_does(tiny):
+    told = [
+        ("bert", {}, 0.01),
+        ("llama", {}, 0.1),
+        ("llama", {"weights": {"dense_target": False}}, 0.01),
+        ("llama", {"ridge": 0.03}, 0.03),
+        ("bert", {"ridge": 0.03}, 0.03),
+    ]
+    for name, fields, ridge in told:
+        assert options_of(tiny(name), stage(**fields), 0, {}).ridge == ridge, (name, fields)
+    assert options_of(nn.Linear(2, 2), stage(), 0, {}).ridge == 0.01
 
 
 def test_ranks_by_row_where_models_generate(tiny, inputs_for):
