@@ -273,6 +273,6 @@ def test_a_template_is_re_fitted(tiny, inputs_for, name):
 
 def test_a_template_alone_has_no_sparsity():
     assert stage("ends").fraction == 0.0
-    with pytest.raises(ConfigError, match="has a target and no sparsity"):
+    with pytest.raises(ConfigError, match="has no sparsity, but a target"):
         _ = stage("ends", target={"macs": "0.5x"}).fraction
     assert Prune(sparsity=0.5).template is None
