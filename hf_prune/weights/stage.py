@@ -279,6 +279,18 @@ def sparsify_(
         UnsupportedModelError: when calibration never runs one of the matrices, or the inputs of
             packed experts are not known.
     """
+    stage = _own_stage(fields)
+    folder = None if progress is None else Path(progress)
+    given = [_as_arguments(module, batch) for batch in batches]
+    return prune_stage_(module, stage, given, seed, progress=folder)[0]
+
+
+def _own_stage(fields: Mapping[str, Any]) -> Prune:
+    """The stage of `sparsify_`.
+
+    Raises:
+        ConfigError: for fields that are unknown, do not go together, or are of other ways to prune.
+    """
     if "units" in fields:
         raise ConfigError("sparsify_ prunes single weights: leave units out.")
     try:
@@ -301,9 +313,7 @@ def sparsify_(
             "sparsify_ prunes any module in one shot: leave schedule to PruneCallback, and "
             "polish_steps to compress()."
         )
-    folder = None if progress is None else Path(progress)
-    given = [_as_arguments(module, batch) for batch in batches]
-    return prune_stage_(module, stage, given, seed, progress=folder)[0]
+    return stage
 
 
 def _without_lists(value: Any) -> Any:
