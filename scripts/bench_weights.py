@@ -11,9 +11,10 @@ import click
 from bench_models import LanguageCase, language_case, language_options, perplexity
 from bench_rows import peak_bytes
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_prune.recipe import RIDGE
+from hf_prune.statistics.batches import one_by_one
+from hf_prune.surgery.dense import set_apart
 from hf_prune.training.polish import polish_
 from hf_prune.weights.budgets import allot
 from hf_prune.weights.find import find_matrices
@@ -85,23 +86,33 @@ def language_model(out: Path, levels: str, methods: str, polish: int, **about: A
     for level in levels.split(","):
         for name in chosen:
             key = f"{level} {name}" + (f" {sequences} sequences" if sequences != 32 else "")
-            polished = f"{key}, {polish} steps on norms" if polish else key
-            if key in case.rows and polished in case.rows:
-                continue
-            model, method = case.model(), dict(known[name.removesuffix(LIGHT)])
+            method = dict(known[name.removesuffix(LIGHT)])
             heavy = method["dense_target"] and not name.endswith(LIGHT)
             method |= {"rows": True, "ridge": DECODER_RIDGE if heavy else RIDGE}
-            row = prune_copy(model, case.calibration, level, method, ())
-            case.rows.add(key, {"perplexity": perplexity(model, case.test), **row})
             if polish:
-                add_polished(case, polished, model, polish)
+                add_polished(case, key, level, method, polish)
+            elif key not in case.rows:
+                model = case.model()
+                row = prune_copy(model, case.calibration, level, method, ())
+                case.rows.add(key, {"perplexity": perplexity(model, case.test), **row})
 
 
-def add_polished(case: LanguageCase, key: str, model: PreTrainedModel, steps: int) -> None:
-    """The row of a pruned model after a polish of its norms, one sequence a step."""
-    cpu = time.process_time()
-    single = [{n: t[i : i + 1] for n, t in b.items()} for b in case.calibration for i in range(4)]
-    found = polish_(model, case.model(), single, steps=steps)
-    seconds = time.process_time() - cpu
-    row = {"perplexity": perplexity(model, case.test), "cpu_seconds": seconds, **found}
-    case.rows.add(key, row)
+def add_polished(
+    case: LanguageCase, key: str, level: str, method: dict[str, Any], steps: int
+) -> None:
+    """The rows of a model before and after a polish of its norms, one sequence a step.
+
+    Nothing is fitted to the sequences that judge the polish.
+    """
+    polished = f"{key}, {steps} steps on norms"
+    if polished in case.rows:
+        return
+    model, dense = case.model(), case.model()
+    fitted, judges = set_apart(dense, case.calibration)
+    row = prune_copy(model, fitted, level, method, ())
+    case.rows.add(f"{key}, judges held out", {"perplexity": perplexity(model, case.test), **row})
+    start = time.process_time()
+    single = [example for batch in fitted for example in one_by_one(dense, batch)]
+    found = polish_(model, dense, single, judges, steps=steps)
+    row = {"cpu_seconds": time.process_time() - start, **found}
+    case.rows.add(polished, {"perplexity": perplexity(model, case.test), **row})

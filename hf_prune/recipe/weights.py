@@ -46,4 +46,5 @@ class Weights(Model):
     """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
     polish_steps: int = Field(default=0, ge=0)
     """Steps of Adam on norms and biases alone, after the walk, towards the dense network's output
-    distribution. Held-out examples say whether they are kept."""
+    distribution. One example in five is held out, of the walk too, and says whether they are
+    kept."""

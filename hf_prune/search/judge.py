@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_prune.errors import DataError
-from hf_prune.statistics.batches import Batch, examples_of, forward_kwargs, to_device
+from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.logits import Said, said
 from hf_prune.statistics.streams import in_eval
-from hf_prune.surgery.dense import MAX_STORED_BYTES, held_out_examples
+from hf_prune.surgery.dense import MAX_STORED_BYTES, set_apart
 
 JUDGES = 1
 """Seed of the examples that judge networks; the others are fitted, with judges of their own."""
@@ -45,15 +45,10 @@ class Judge:
 
     dense: PreTrainedModel
     batches: Sequence[Batch]
-    fitted: list[Batch] = field(default_factory=list)
+    fitted: list[Batch] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.examples: list[Batch] = []
-        for batch in self.batches:
-            chosen = held_out_examples(self.dense, batch, JUDGES)
-            for part, rows in ((self.examples, chosen), (self.fitted, ~chosen)):
-                if bool(rows.any()):
-                    part.append(examples_of(batch, rows))
+        self.fitted, self.examples = set_apart(self.dense, self.batches, JUDGES)
         counts = [float(len(self.examples)), float(len(self.fitted))]
         found = torch.tensor(counts, device=self.dense.device)
         if not bool((sum_over_processes(found) > 0).all()):

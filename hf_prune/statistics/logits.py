@@ -80,14 +80,11 @@ class Said:
             numbers. Of answers in a text a row for each start and each end, over `C` tokens.
         kind: from `kind_of`.
         real: `[n, C]`, of answers: False for tokens that are padding.
-        examples: `[n]`, the place in the batch of the example that a row belongs to; of images and
-            texts that are compared, of the image.
     """
 
     values: Tensor
     kind: str
-    real: Tensor | None
-    examples: Tensor
+    real: Tensor | None = None
 
     @property
     def entries(self) -> int:
@@ -101,14 +98,7 @@ class Said:
     def to(self, device: torch.device) -> "Said":
         """The same on a device."""
         real = None if self.real is None else self.real.to(device)
-        examples = self.examples.to(device)
-        return replace(self, values=self.values.to(device), real=real, examples=examples)
-
-    def of(self, chosen: Tensor) -> "Said":
-        """The rows of some examples: those where `chosen`, `[B]`, is True."""
-        rows = chosen.to(self.values.device)[self.examples]
-        real = None if self.real is None else self.real[rows]
-        return replace(self, values=self.values[rows], real=real, examples=self.examples[rows])
+        return replace(self, values=self.values.to(device), real=real)
 
 
 def said(model: PreTrainedModel, batch: Batch, output: Any) -> Said:
@@ -120,7 +110,6 @@ def said(model: PreTrainedModel, batch: Batch, output: Any) -> Said:
         output: of the model.
     """
     values, kind = logits_of(output).float(), kind_of(model, output)
-    index = torch.arange(len(values), device=values.device)  # [B]
     told = {"labels", "decoder_attention_mask"} & set(batch)
     mask = None
     if values.ndim == 3:
@@ -135,11 +124,10 @@ def said(model: PreTrainedModel, batch: Batch, output: Any) -> Said:
         keep = mask.any(dim=1)
         ends = values[keep].transpose(1, 2).flatten(0, 1)  # [B, T, 2] -> [2 B, T]
         real = mask[keep].repeat_interleave(2, dim=0)
-        return Said(ends, kind, real, index[keep].repeat_interleave(2))
-    examples = index.view(-1, *[1] * (values.ndim - 2)).expand(values.shape[:-1])
+        return Said(ends, kind, real)
     if mask is not None:
-        return Said(values[mask], kind, None, examples[mask])  # [B, T, C] -> [real tokens, C]
-    return Said(values.flatten(0, -2), kind, None, examples.flatten())
+        return Said(values[mask], kind)  # [B, T, C] -> [real tokens, C]
+    return Said(values.flatten(0, -2), kind)
 
 
 def _pair(values: Tensor) -> Tensor:

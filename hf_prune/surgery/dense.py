@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.sites import Site, base_model, find_sites
-from hf_prune.statistics.batches import Batch, example_seed, main_input, token_mask
+from hf_prune.statistics.batches import (
+    Batch,
+    example_seed,
+    examples_of,
+    main_input,
+    token_mask,
+)
 from hf_prune.statistics.streams import Seen, Stream, by_layer, in_eval, start_streams, watched
 
 HELD_OUT_EVERY = 5
@@ -61,6 +67,19 @@ def held_out_examples(model: PreTrainedModel, batch: Batch, seed: int = 0) -> Te
     rows = zip(main_input(model, batch), token_mask(model, batch), strict=True)
     seeds = [example_seed(row, real, seed) for row, real in rows]
     return torch.tensor([seed % HELD_OUT_EVERY == 0 for seed in seeds])
+
+
+def set_apart(
+    model: PreTrainedModel, batches: Sequence[Batch], seed: int = 0
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches without the examples that `held_out_examples` draws, and batches of these alone."""
+    fitted, judges = list[Batch](), list[Batch]()
+    for batch in batches:
+        chosen = held_out_examples(model, batch, seed)
+        for part, rows in ((judges, chosen), (fitted, ~chosen)):
+            if bool(rows.any()):
+                part.append(examples_of(batch, rows))
+    return fitted, judges
 
 
 @torch.no_grad()

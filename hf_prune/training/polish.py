@@ -1,7 +1,8 @@
 """Norms and biases alone, trained for a few steps towards the dense network's outputs.
 
 What is left to repair after a re-fit, at hardly any cost: no optimizer state of a matrix, no label,
-and no zero is touched. Examples that are held out say whether it is kept.
+and no zero is touched. Examples to which nothing was fitted say whether it is kept: a decoder knows
+its calibration text by heart after a re-fit, so that examples of that one would see nothing.
 
 Source: recovery through normalisation alone is that of Frankle et al. 2020, arXiv:2003.00152, who
 train nothing else; the target here is the dense network's distribution.
@@ -9,7 +10,6 @@ train nothing else; the target here is the dense network's distribution.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.logits import Said, divergence, has_head, said
 from hf_prune.statistics.streams import in_eval
-from hf_prune.surgery.dense import held_out_examples
 
 
 def _said(model: PreTrainedModel, batch: Batch) -> Said:
@@ -30,61 +29,56 @@ def _said(model: PreTrainedModel, batch: Batch) -> Said:
     return said(model, batch, output)
 
 
-def _divergence(
-    model: PreTrainedModel, dense: PreTrainedModel, batch: Batch, chosen: Tensor
-) -> tuple[Tensor, int]:
-    """Mean divergence from the dense network over the chosen examples, and of how many rows."""
+def _divergence(model: PreTrainedModel, dense: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
+    """Mean divergence from the dense network over a batch, and of how many rows."""
     with torch.no_grad():
-        wanted = _said(dense, to_device(batch, dense.device)).to(model.device).of(chosen)
-    found = divergence(wanted, _said(model, to_device(batch, model.device)).of(chosen))
+        wanted = _said(dense, to_device(batch, dense.device)).to(model.device)
+    found = divergence(wanted, _said(model, to_device(batch, model.device)))
     return found.sum() / max(len(found), 1), len(found)
 
 
-@dataclass
-class _Polish:
-    """A pruned network beside the dense one, and which examples judge."""
+@torch.no_grad()
+def _judged(model: PreTrainedModel, dense: PreTrainedModel, judges: Sequence[Batch]) -> float:
+    """Mean divergence on the examples that judge, of all processes; NaN, where there is none."""
+    total = torch.zeros(2, dtype=torch.float64, device=model.device)
+    for batch in judges:
+        loss, rows = _divergence(model, dense, batch)
+        total += torch.tensor([float(loss) * rows, rows], device=total.device)
+    lost, rows = sum_over_processes(total).tolist()
+    return lost / rows if rows else math.nan
 
-    model: PreTrainedModel
-    dense: PreTrainedModel
-    batches: Sequence[Batch]
-    held_out: Sequence[Tensor]
 
-    @torch.no_grad()
-    def judge(self) -> float:
-        """Mean divergence on held-out examples; NaN, where there is none."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        for batch, judges in zip(self.batches, self.held_out, strict=True):
-            if bool(judges.any()):
-                loss, rows = _divergence(self.model, self.dense, batch, judges)
-                total += torch.tensor([float(loss) * rows, rows], device=total.device)
-        lost, rows = sum_over_processes(total).tolist()
-        return lost / rows if rows else math.nan
-
-    def train(self, vectors: Sequence[nn.Parameter], steps: int, learning_rate: float) -> None:
-        """Adam on the examples that do not judge, one batch a step."""
-        optimizer = torch.optim.Adam(vectors, lr=learning_rate)
-        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        for step in range(steps):
-            index = step % len(self.batches)
-            fitted = ~self.held_out[index]
-            loss, rows = _divergence(self.model, self.dense, self.batches[index], fitted)
-            if rows and not bool(torch.isfinite(loss)):
-                raise NumericsError(f"the loss of step {step} of a polish is not finite.")
-            gradients = torch.autograd.grad(loss * rows, vectors, allow_unused=True)
-            count = sum_over_processes(torch.tensor(float(rows), device=loss.device)).clamp(min=1)
-            for vector, gradient in zip(vectors, gradients, strict=True):
-                if gradient is not None:
-                    vector.grad = sum_over_processes(gradient) / count.to(gradient.dtype)
-            optimizer.step()
-            falling.step()
-        for vector in vectors:
-            vector.grad = None
+def _train(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Batch],
+    vectors: Sequence[nn.Parameter],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Adam on some vectors of a model, one batch a step."""
+    optimizer = torch.optim.Adam(vectors, lr=learning_rate)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for step in range(steps):
+        loss, rows = _divergence(model, dense, batches[step % len(batches)])
+        if rows and not bool(torch.isfinite(loss)):
+            raise NumericsError(f"the loss of step {step} of a polish is not finite.")
+        gradients = torch.autograd.grad(loss * rows, vectors, allow_unused=True)
+        count = sum_over_processes(torch.tensor(float(rows), device=loss.device)).clamp(min=1)
+        for vector, gradient in zip(vectors, gradients, strict=True):
+            if gradient is not None:
+                vector.grad = sum_over_processes(gradient) / count.to(gradient.dtype)
+        optimizer.step()
+        falling.step()
+    for vector in vectors:
+        vector.grad = None
 
 
 def polish_(
     model: PreTrainedModel,
     dense: PreTrainedModel,
     batches: Sequence[Batch],
+    judges: Sequence[Batch],
     *,
     steps: int,
     learning_rate: float = 1e-3,
@@ -94,14 +88,15 @@ def polish_(
     Args:
         model: pruned; run in eval mode and left in the mode it was in.
         dense: what it was before.
-        batches: calibration batches; one batch a step, again and again. Labels are not used, and
-            padding is never counted.
+        batches: one batch a step, again and again. Labels are not used, and padding is never
+            counted.
+        judges: batches of other examples, to which nothing was fitted, as `set_apart` gives them.
         steps: of Adam, its rate falling to zero.
         learning_rate: at the start.
 
     Returns:
-        `before` and `after`, the divergence in nats on held-out examples (about one in five), and
-        whether the result was `kept`: it is not, where held-out examples got worse, or none is.
+        `before` and `after`, the divergence in nats on the examples that judge, and whether the
+        result was `kept`: it is not, where they got worse, or there are none.
 
     Raises:
         DataError: when there are no batches, or the model gives no logits.
@@ -112,15 +107,14 @@ def polish_(
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     old = [vector.detach().clone() for vector in vectors]
     wanted = [vector.requires_grad for vector in vectors]
-    held_out = [held_out_examples(model, to_device(b, model.device)).cpu() for b in batches]
-    work, kept = _Polish(model, dense, batches, held_out), False
+    kept = False
     try:
         with in_eval(model, dense), torch.enable_grad():
-            before = work.judge()
+            before = _judged(model, dense, judges)
             for vector in vectors:
                 vector.requires_grad_()
-            work.train(vectors, steps, learning_rate)
-            after = work.judge()
+            _train(model, dense, batches, vectors, steps, learning_rate)
+            after = _judged(model, dense, judges)
         kept = after < before
     finally:
         for vector, value, grad in zip(vectors, old, wanted, strict=True):
