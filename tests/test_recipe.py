@@ -205,6 +205,20 @@ def gradual(stage, **schedule):
         ),
         (gradual({**SINGLE, "weights": {"polish_steps": 1}}), "polish_steps: .* for one shot"),
         (gradual({**SINGLE, "weights": {"rank": "row"}}), "rank: row.* is for one shot"),
+        (
+            one(**SINGLE, criterion="wanda", weights={"iterations": 3}),
+            "iterations, penalty.* are of criterion: admm",
+        ),
+        (
+            one(
+                units=["heads", "weights"],
+                sparsity=0.5,
+                weights={"criterion": "sparsegpt", "penalty": 2.0},
+            ),
+            "iterations, penalty.* are of criterion: admm",
+        ),
+        (one(**SINGLE, reconstruct=False, weights={"refit_steps": 4}), "refit_steps: .* re-fit"),
+        (gradual({**SINGLE, "weights": {"refit_steps": 4}}), "refit_steps: .* in one shot"),
         (gradual({**PRUNE, "masks": "l0"}, regrow=True), "regrow is for masks: scored"),
     ],
 )
@@ -224,6 +238,10 @@ def test_defaults_written_out_are_not_refused():
     rank = {"rank": "matrix", "polish_steps": 0}
     told = load_recipe(gradual({**SINGLE, "weights": rank, "reconstruction": "sequential"}))
     assert told.prune_stages[0].single.rank == "matrix"
+    tuned = {"iterations": 12, "penalty": 0.5, "refit_steps": 10}
+    assert load_recipe(one(**SINGLE, criterion="magnitude", reconstruct=False, weights=tuned))
+    joint = {"units": ["heads", "weights"], "sparsity": 0.5, "weights": {"iterations": 3}}
+    assert load_recipe(one(**joint)).prune_stages[0].weights_part(0.5).single.iterations == 3
     told = load_recipe(one(**SINGLE, weights={"rank": "row", "polish_steps": 3}))
     assert told.prune_stages[0].single.polish_steps == 3
     told = load_recipe(one(search_trials=2, rescale=True, reconstruction="parallel"))

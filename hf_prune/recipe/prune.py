@@ -10,7 +10,7 @@ from hf_prune.recipe.model import Model
 from hf_prune.recipe.schedule import Schedule
 from hf_prune.recipe.target import Floor, Target, check_fraction
 from hf_prune.recipe.template import Template, UniformWidth
-from hf_prune.recipe.weights import Weights
+from hf_prune.recipe.weights import REFIT_STEPS, Weights
 
 Unit = Literal["heads", "neurons", "query_heads", "experts", "expert_neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
@@ -294,6 +294,12 @@ class Prune(Model):
             and not (refits or "weights" in kinds),
             "weights: {polish_steps: ...} is for one shot: leave it out, the training after the "
             "schedule moves norms and biases too": gradual and self.single.polish_steps > 0,
+            "weights: {iterations, penalty} are of criterion: admm: leave them out": (
+                "weights" in kinds and not self._by_admm and self.single.tunes_admm
+            ),
+            "weights: {refit_steps: ...} is of a re-fit in one shot: leave it out": (
+                (gradual or not self.reconstruct) and self.single.refit_steps != REFIT_STEPS
+            ),
             "weights: {rank: row} is for one shot: with a schedule matrices are ranked": gradual
             and rank == "row",
             "weights: {rank: row} is for pattern: unstructured: leave one of them out": rank
@@ -317,6 +323,12 @@ class Prune(Model):
             if wrong:
                 raise ValueError(message)
         return self
+
+    @property
+    def _by_admm(self) -> bool:
+        """Whether ADMM chooses single weights."""
+        name = self.single.criterion or "admm" if self.joint else self.criterion
+        return name == "admm"
 
     @property
     def _templated(self) -> bool:

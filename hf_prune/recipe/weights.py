@@ -9,6 +9,14 @@ from hf_prune.recipe.model import Model
 _PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
 
 
+ITERATIONS = 12
+"""Default iterations of ADMM."""
+PENALTY = 0.5
+"""Default penalty of ADMM, where every input has mean square one."""
+REFIT_STEPS = 10
+"""Default conjugate-gradient steps of a re-fit."""
+
+
 class Weights(Model):
     """How single weights are chosen, and what the others become."""
 
@@ -38,13 +46,18 @@ class Weights(Model):
     remove_dead: bool = True
     """Really remove neurons and heads that are left without effect, where calibration data is
     given; the outputs do not change. Not with `portable: true`: layers would differ."""
-    iterations: int = Field(default=12, ge=0)
+    iterations: int = Field(default=ITERATIONS, ge=0)
     """Iterations of `admm`."""
-    penalty: float = Field(default=0.5, gt=0)
+    penalty: float = Field(default=PENALTY, gt=0)
     """Penalty of `admm`, where every input has mean square one."""
-    refit_steps: int = Field(default=10, ge=1)
+    refit_steps: int = Field(default=REFIT_STEPS, ge=1)
     """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
     polish_steps: int = Field(default=0, ge=0)
     """Steps of Adam on norms and biases alone, after the walk, towards the dense network's output
     distribution. One example in five is held out, of the walk too, and says whether they are
     kept."""
+
+    @property
+    def tunes_admm(self) -> bool:
+        """Whether something is said that only ADMM reads."""
+        return (self.iterations, self.penalty) != (ITERATIONS, PENALTY)

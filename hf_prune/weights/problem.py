@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_prune.errors import NumericsError
+from hf_prune.recipe import RIDGE
+from hf_prune.recipe.weights import ITERATIONS, PENALTY, REFIT_STEPS
 from hf_prune.statistics.moments import Moments, damped_cholesky, means
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.patterns import Pattern
@@ -50,11 +52,11 @@ class Options:
     criterion: str = "admm"
     pattern: Pattern = field(default_factory=Pattern)
     dense_target: bool = True
-    refit_steps: int = 10
+    refit_steps: int = REFIT_STEPS
     """Conjugate-gradient steps on the mask; 0 leaves the kept values alone."""
-    ridge: float = 1e-2
-    iterations: int = 12
-    penalty: float = 0.5
+    ridge: float = RIDGE
+    iterations: int = ITERATIONS
+    penalty: float = PENALTY
     seed: int = 0
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     """Of criteria that were scored before the walk, in the shape of each parameter's view."""

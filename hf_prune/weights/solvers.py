@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.errors import NumericsError
+from hf_prune.recipe.weights import ITERATIONS, PENALTY
 from hf_prune.weights.patterns import Pattern, keep
 
 BLOCK = 128
@@ -114,7 +115,7 @@ def wanda(problem: Problem, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def admm(
-    problem: Problem, steps: int, *, rho: float = 0.5, iterations: int = 12
+    problem: Problem, steps: int, *, rho: float = PENALTY, iterations: int = ITERATIONS
 ) -> tuple[Tensor, Tensor]:
     """Least squares under an L0 constraint, by ADMM, then conjugate gradients on the support.
 
