@@ -34,7 +34,7 @@ def text(out: Path, methods: str, **about: Any) -> None:
     for method in methods.split(";"):
         for level in LEVELS:
             key = row_name(level, method, about)
-            if key in case.rows or (method in KNAPSACK and ":" in level):
+            if key in case.rows:
                 continue
             pruned = copy.deepcopy(case.model)
             row = prune_copy(pruned, list(case.calibration), level, known[method], IGNORE)

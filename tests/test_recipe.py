@@ -113,7 +113,10 @@ def one(**change):
             {"stages": [{**BOTH, "target": {"macs": "0.5x"}}]},
             "have one sparsity: leave target, floor and template",
         ),
-        ({"stages": [{**BOTH, "weights": {"pattern": "2:4"}}]}, "2:4 removes .* no split is to be"),
+        (
+            {"stages": [{**BOTH, "weights": {"pattern": "2:4"}}]},
+            "2:4 says by itself how much goes, so that no split is",
+        ),
         (one(units=["heads", "weights"], cost="macs"), "no cost in MACs"),
         ({"stages": [{**BOTH, "sparsity": 0.5}, PRUNE]}, "before single weights"),
         (

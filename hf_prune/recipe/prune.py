@@ -191,8 +191,8 @@ class Prune(Model):
             )
         if self._implied is not None:
             raise ValueError(
-                f"pattern {self.single.pattern} removes the same share of every matrix, so that no "
-                "split is to be found: write two stages, structure first, then weights"
+                f"pattern {self.single.pattern} says by itself how much goes, so that no split is "
+                "to be found: write two stages, structure first, then weights"
             )
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,44 @@ def _exactly(matrices: Sequence[Matrix], counts: Mapping[str, int], total: int) 
     return {matrix.name: _spread(matrix, fixed[matrix.name]) for matrix in matrices}
 
 
+def _kept_by(matrix: Matrix, pattern: Pattern, levels: Sequence[int]) -> Tensor:
+    """Entries that some n of `n:m` keep in all groups of a matrix, `[levels]`."""
+    groups, rows, columns = matrix.view(matrix.parameter).shape
+    gone = [removed_by(replace(pattern, first=n), (rows, columns), 0.0) for n in levels]
+    return matrix.numel - groups * torch.tensor(gone)
+
+
+def _chosen_levels(
+    matrices: Sequence[Matrix], kept: Sequence[Tensor], errors: Sequence[Tensor], pattern: Pattern
+) -> Removed:
+    """What the best levels remove, of all that keep no more than n of m everywhere would."""
+    budget = sum(int(_kept_by(matrix, pattern, [pattern.first])) for matrix in matrices)
+    chosen = knapsack(kept, errors, budget)
+    assert chosen is not None  # noqa: S101  # n of m everywhere is one of them
+    return {
+        m.name: _spread(m, m.numel - int(levels[level]))
+        for m, levels, level in zip(matrices, kept, chosen, strict=True)
+    }
+
+
+def _nearest_levels(
+    matrices: Sequence[Matrix], counts: Mapping[str, int], pattern: Pattern
+) -> Removed:
+    """The n of `n:m` of each matrix that remove nearest to some counts, by squared differences."""
+    levels = range(1, pattern.second + 1)
+    kept = [_kept_by(matrix, pattern, levels) for matrix in matrices]
+    far = [
+        (n.double() - (matrix.numel - counts[matrix.name])).square() / matrix.numel
+        for matrix, n in zip(matrices, kept, strict=True)
+    ]
+    return _chosen_levels(matrices, kept, far, pattern)
+
+
 def _by_outliers(
-    matrices: Sequence[Matrix], sparsity: float, known: Mapping[str, Sensitivity]
+    matrices: Sequence[Matrix],
+    sparsity: float,
+    known: Mapping[str, Sensitivity],
+    pattern: Pattern,
 ) -> Removed:
     """Less from matrices with many outliers among `|W| * norm of the input`.
 
@@ -112,26 +149,35 @@ def _by_outliers(
         m.name: int(min(max(sparsity + mean - share, 0.0), 0.999) * m.numel)
         for m, share in zip(matrices, scaled, strict=True)
     }
+    if pattern.kind == "n:m":
+        return _nearest_levels(matrices, counts, pattern)
     return _exactly(matrices, counts, count_to_remove(sparsity, sum(sizes)))
+
+
+def _error_at(
+    matrix: Matrix, removed: int, pattern: Pattern, known: Sensitivity, options: Options
+) -> float:
+    """The error of a matrix of which each group loses so much, times the weight of its outputs."""
+    total = 0.0
+    weights = matrix.view(matrix.parameter.detach())
+    for weight, gram, felt in zip(weights, known.grams, known.weights, strict=True):
+        damping = options.ridge * float(gram.diagonal().mean().clamp(min=1e-12))
+        damped = gram + damping * torch.eye(gram.shape[0], device=gram.device)
+        problem = Problem(weight.float(), damped, pattern, removed)
+        total += felt * float(problem.error(wanda(problem, 8)[0]).sum())
+    return max(total, 1e-30)
 
 
 def _error_curve(
     matrix: Matrix, sparsity: float, known: Sensitivity, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Entries kept `[levels]`, and what each level costs: error times the weight of its outputs."""
-    ridge, pattern = options.ridge, options.pattern
+    """Entries kept `[levels]`, and what each level costs."""
     shares = [min(share * (1 - sparsity), 0.98) for share in KEPT_SHARES]
-    points = []
-    for share in shares:
-        total = 0.0
-        weights = matrix.view(matrix.parameter.detach())
-        for weight, gram, felt in zip(weights, known.grams, known.weights, strict=True):
-            damping = ridge * float(gram.diagonal().mean().clamp(min=1e-12))
-            damped = gram + damping * torch.eye(gram.shape[0], device=gram.device)
-            removed = count_to_remove(1 - share, weight.numel())
-            problem = Problem(weight.float(), damped, pattern, removed)
-            total += felt * float(problem.error(wanda(problem, 8)[0]).sum())
-        points.append(max(total, 1e-30))
+    size = matrix.numel // matrix.view(matrix.parameter).shape[0]
+    points = [
+        _error_at(matrix, count_to_remove(1 - share, size), options.pattern, known, options)
+        for share in shares
+    ]
     kept, errors = [], []
     logs = torch.tensor(points, dtype=torch.float64).log()
     for index in range(len(shares) - 1):
@@ -143,6 +189,31 @@ def _error_curve(
     return torch.tensor(kept), torch.tensor(errors, dtype=torch.float64)
 
 
+def _levels_by_error(
+    matrices: Sequence[Matrix], known: Mapping[str, Sensitivity], options: Options
+) -> Removed:
+    """The n of `n:m` of each matrix with the least sum of errors, of some around the n asked for.
+
+    That matrices differ in how many of m they need: DominoSearch, Sun et al., NeurIPS 2021, who
+    learn it while training.
+    """
+    pattern = options.pattern
+    around = {round(share * pattern.first) for share in KEPT_SHARES}
+    around |= {pattern.first + step for step in (-1, 0, 1)}
+    levels = sorted({min(n, pattern.second) for n in around if n > 0})
+    errors = []
+    for matrix in matrices:
+        _, rows, columns = matrix.view(matrix.parameter).shape
+        points = []
+        for n in levels:
+            level = replace(pattern, first=n)
+            gone = removed_by(level, (rows, columns), 0.0)
+            points.append(_error_at(matrix, gone, level, known[matrix.name], options))
+        errors.append(torch.tensor(points, dtype=torch.float64))
+    kept = [_kept_by(matrix, pattern, levels) for matrix in matrices]
+    return _chosen_levels(matrices, kept, errors, pattern)
+
+
 def _by_knapsack(
     matrices: Sequence[Matrix],
     sparsity: float,
@@ -150,6 +221,8 @@ def _by_knapsack(
     options: Options,
 ) -> Removed:
     """The least sum of layer errors, each weighted by how much the outputs of the model feel it."""
+    if options.pattern.kind == "n:m":
+        return _levels_by_error(matrices, known, options)
     total = sum(matrix.numel for matrix in matrices)
     asked = count_to_remove(sparsity, total)
     curves = [_error_curve(m, sparsity, known[m.name], options) for m in matrices]
@@ -203,7 +276,7 @@ def allot(
         model: dense, and not changed.
         matrices: from `find_matrices`.
         budget: one of `BUDGETS`.
-        sparsity: fraction of all entries, in [0, 1).
+        sparsity: fraction of all entries, in [0, 1); `n:m` says it by itself.
         options: of the stage.
         batches: read by `outliers` and `knapsack`.
 
@@ -227,11 +300,13 @@ def _allot(
 ) -> Removed:
     if budget == "global":
         return _one_ranking(matrices, sparsity, options)
+    if options.pattern.kind == "n:m":  # which says it by itself
+        sparsity = 1 - options.pattern.first / options.pattern.second
     if budget == "uniform" or sparsity == 0:
         return uniform(matrices, sparsity, options.pattern)
     if any(matrix.kind == "embedding" for matrix in matrices):
         raise ConfigError(f"solver {budget!r} has no error for embeddings: use uniform or global.")
     known = measure_sensitivity(model, matrices, batches, options.seed)
     if budget == "outliers":
-        return _by_outliers(matrices, sparsity, known)
+        return _by_outliers(matrices, sparsity, known, options.pattern)
     return _by_knapsack(matrices, sparsity, known, options)

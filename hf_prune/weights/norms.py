@@ -93,7 +93,9 @@ def prune_by_norms(
         weight = matrix.view(matrix.parameter.data)[0]
         scores = weight.float().abs() * inputs.sqrt().float()
         count, allowed = removed[matrix.name][0], options.allowed_of(matrix, 0)
-        kept = keep(same_on_all(scores), count, options.pattern, allowed)
+        rows, columns = weight.shape
+        pattern = options.pattern.at(count, (rows, columns))
+        kept = keep(same_on_all(scores), count, pattern, allowed)
         lost = scores.double().square()
         error = float((lost * ~kept).sum() / lost.sum().clamp(min=1e-30))
         mask = torch.ones_like(matrix.parameter, dtype=torch.bool)

@@ -6,7 +6,7 @@ divide by the number of rows is spread over rows by the scores themselves.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ class Pattern:
     """m of `n:m`, columns of a block."""
     rows: bool = False
     """Unstructured only: rank within each row instead of the whole matrix."""
+
+    def at(self, removed: int, shape: tuple[int, int]) -> "Pattern":
+        """The pattern of a `[R, C]` matrix that loses so many entries: of `n:m`, the n that does.
+
+        Raises:
+            ConfigError: when no n of `n:m` removes as many.
+        """
+        if self.kind != "n:m" or removed == removed_by(self, shape, 0.0):
+            return self
+        for n in range(self.second, 0, -1):
+            level = replace(self, first=n)
+            if removed_by(level, shape, 0.0) == removed:
+                return level
+        raise ConfigError(f"no n of {self.second} removes {removed} entries of a matrix {shape}.")
 
     def __str__(self) -> str:
         mark = {"n:m": ":", "block": "x"}.get(self.kind)

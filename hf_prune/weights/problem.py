@@ -145,7 +145,7 @@ def make_problem(
     Args:
         subject: the matrix as it is.
         moments: of its inputs and of the dense network's inputs (or outputs).
-        removed: entries to remove.
+        removed: entries to remove; of `n:m`, as many as some n does.
         options: of which the target, the ridge and the pattern count.
 
     Returns:
@@ -156,12 +156,14 @@ def make_problem(
     """
     gram, cross, mean_x, mean_t = means(moments, centred=_moving(subject, options))
     old = subject.weight.double()
+    rows, columns = old.shape
+    pattern = options.pattern.at(removed, (rows, columns))
     bias = torch.zeros_like(old[:, 0]) if subject.bias is None else subject.bias.double()
     rounding = torch.finfo(torch.float32).eps * float((gram.diagonal() + mean_x.square()).mean())
     damping = options.ridge * max(float(gram.diagonal().mean()), rounding, 1e-12)
     if not options.dense_target:
         damped = _damped(gram, damping)
-        problem = Problem(old.float(), damped, options.pattern, removed, subject.allowed)
+        problem = Problem(old.float(), damped, pattern, removed, subject.allowed)
         return problem, mean_x, old @ mean_x + bias
     if not subject.on_sum:
         cross, mean_t = old @ cross, old @ mean_t + bias
@@ -169,7 +171,7 @@ def make_problem(
     target = torch.cholesky_solve((cross + damping * old).float().T, factor).T
     if not torch.isfinite(target).all():
         raise NumericsError("what the dense network computed is not finite on calibration data.")
-    problem = Problem(target.contiguous(), gram, options.pattern, removed, subject.allowed)
+    problem = Problem(target.contiguous(), gram, pattern, removed, subject.allowed)
     return problem, mean_x, mean_t
 
 

@@ -70,7 +70,9 @@ def _prune_without_data(matrices: Sequence[Matrix], job: Job) -> None:
         for group, weight in enumerate(matrix.view(matrix.parameter.data)):
             scores = options.scores_of(matrix.name, group, weight)
             count, allowed = job.removed[matrix.name][group], options.allowed_of(matrix, group)
-            kept = keep(scores, count, options.pattern, allowed)
+            rows, columns = weight.shape
+            pattern = options.pattern.at(count, (rows, columns))
+            kept = keep(scores, count, pattern, allowed)
             matrix.write_(mask, group, kept)
             set_values_(matrix, group, torch.where(kept, weight, 0))
         job.result.masks[matrix.name] = mask
@@ -316,7 +318,8 @@ def prune_weights_(
     rest = [m for m in matrices if m not in plain]
     if earlier:
         options = dataclasses.replace(options, earlier=earlier)
-        removed = {m.name: _with_earlier(m, removed[m.name], options) for m in matrices}
+        if options.pattern.kind != "n:m":  # there a count says which n
+            removed = {m.name: _with_earlier(m, removed[m.name], options) for m in matrices}
     job = Job(removed, options, progress)
     if not rest:
         if progress is not None:

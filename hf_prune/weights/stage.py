@@ -53,10 +53,11 @@ def check_weight_stage(stage: Prune) -> None:
             f"else: write criterion: {BY_SIZE[0]}."
         )
     pattern = parse_pattern(stage.single.pattern)
-    if pattern.kind == "n:m" and stage.solver != "uniform":
+    if pattern.kind == "n:m" and stage.solver == "global":
         raise ConfigError(
-            f"pattern {pattern} removes the same share of every matrix: solver {stage.solver!r} "
-            "has nothing to decide. Use solver: uniform."
+            f"pattern {pattern} ranks neighbours, and solver 'global' all weights. Use uniform, or "
+            "outliers or knapsack, with which matrices differ in how many of "
+            f"{pattern.second} stay."
         )
     if stage.solver == "global" and stage.single.rank == "row":
         raise ConfigError("solver 'global' is one ranking of all matrices: leave rank: row out.")

@@ -1,5 +1,7 @@
 """Budgets remove exactly what is asked, and put it where their rule says."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,65 @@ def test_knapsack_loses_less_than_uniform(tiny, inputs_for):
         for budget in ("uniform", "knapsack")
     }
     assert losses["knapsack"] < 0.98 * losses["uniform"]
+
+
+WAYS = {
+    "admm": {},
+    "sparsegpt": {"criterion": "sparsegpt"},
+    "wanda by norms": {"criterion": "wanda", "reconstruct": False, **PLAIN},
+    "magnitude": {"criterion": "magnitude", "reconstruct": False, **PLAIN},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("solver", ["outliers", "knapsack"])
+def test_matrices_differ_in_how_many_of_m_stay(solver, way, tiny, inputs_for):
+    """The n of each matrix is a whole one, and no more stays in all than n of m everywhere."""
+    model, fields = tiny("llama"), WAYS[way]
+    weights = {**fields.get("weights", {}), "pattern": "4:8"}
+    told = Prune(units=("weights",), solver=solver, **{**fields, "weights": weights})
+    masks = prune_stage_(model, told, [inputs_for("llama")], 0)[0].masks
+    found = set()
+    for name, mask in masks.items():
+        rows, columns = mask.shape
+        each = mask.view(rows, columns // 8, 8).sum(dim=-1)
+        assert int(each.min()) == int(each.max()) > 0, name
+        assert not model.get_parameter(name)[~mask].any()
+        found.add(int(each.max()))
+    total = sum(mask.numel() for mask in masks.values())
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    assert len(found) > 1
+    assert total * 0.45 < kept <= total // 2
+
+
+def test_the_knapsack_of_n_of_m_is_the_best(tiny, inputs_for):
+    """Of all choices of n for three matrices, none with as few entries has a smaller error."""
+    model, batches = tiny("llama"), [inputs_for("llama")]
+    matrices = find_matrices(model, targets=["*layers.0.mlp*"])
+    matrices[0].parameter.data[:, torch.arange(matrices[0].parameter.shape[1]) % 4 > 0] /= 100
+    told = Options(pattern=parse_pattern("2:4"))
+    known = measure_sensitivity(model, matrices, batches, 0)
+    removed = allot(model, matrices, "knapsack", 0.0, told, batches)
+
+    def error(matrix, n):
+        level, count = parse_pattern(f"{n}:4") if n < 4 else Pattern("n:m", 4, 4), 0
+        of = known[matrix.name]
+        damping = told.ridge * of.grams[0].diagonal().mean()
+        gram = of.grams[0] + damping * torch.eye(of.grams[0].shape[0])
+        problem = Problem(matrix.parameter.data, gram, level, count)
+        return of.weights[0] * float(problem.error(wanda(problem, 8)[0]).sum())
+
+    sizes = [matrix.numel for matrix in matrices]
+    errors = [[error(matrix, n) for n in range(1, 5)] for matrix in matrices]
+    choices = [
+        (sum(e[n - 1] for e, n in zip(errors, ns, strict=True)), ns)
+        for ns in itertools.product(range(1, 5), repeat=3)
+        if sum(n * size for n, size in zip(ns, sizes, strict=True)) <= 2 * sum(sizes)
+    ]
+    chosen = [4 - 4 * removed[m.name][0] // m.numel for m in matrices]
+    best, ns = min(choices)
+    assert tuple(chosen) == ns
+    assert best < sum(e[1] for e in errors)
 
 
 def test_sensitivity_knows_inputs_and_gradients():
@@ -445,8 +506,8 @@ def test_ranks_by_row_where_models_generate(tiny, inputs_for):
         ({"solver": "globel"}, "unknown solver 'globel' for weights; did you mean 'global'"),
         ({"solver": "global"}, "criterion 'admm' compares weights within a matrix only"),
         (
-            {"weights": {"pattern": "2:4"}, "solver": "knapsack"},
-            "pattern 2:4 removes the same share of every matrix",
+            {"weights": {"pattern": "2:4"}, "solver": "global", "criterion": "magnitude"},
+            "pattern 2:4 ranks neighbours, and solver 'global' all weights",
         ),
         ({"weights": {"pattern": "5:4"}}, "keeps 5 of 4"),
         ({"projections": 2}, "projections=2: criterion 'admm' draws none"),
