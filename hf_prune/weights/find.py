@@ -64,8 +64,19 @@ class Matrix:
             part.copy_(new.reshape(part.shape))
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether packed experts hold `[X, C, R]`: what the module says, else what its shapes say."""
+    told = getattr(module, "is_transposed", None)
+    if told is not None:
+        return bool(told)
+    both, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not isinstance(both, Tensor) or not isinstance(down, Tensor):
+        return False
+    return both.shape[-1] == 2 * down.shape[1]  # [X, E, 2 * F] and [X, F, E], as in Llama 4
+
+
 def _experts(prefix: str, module: nn.Module) -> Iterator[Matrix]:
-    transposed = bool(getattr(module, "is_transposed", False))
+    transposed = is_transposed(module)
     for key in EXPERTS:
         parameter = getattr(module, key, None)
         if isinstance(parameter, nn.Parameter) and parameter.ndim == 3:

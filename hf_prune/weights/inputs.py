@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.batches import by_token
 from hf_prune.statistics.streams import Call, Enough, first_tensor
-from hf_prune.weights.find import Matrix
+from hf_prune.weights.find import Matrix, is_transposed
 
 ROUTING = ("top_k_index", "router_indices")
 """Names under which packed experts are told which experts each token goes to, `[tokens, k]`."""
@@ -300,7 +300,7 @@ def _gated(module: nn.Module, hidden: Tensor, expert: int) -> Tensor:
     """What the `down_proj` of an expert reads, from `[tokens, E]` to `[tokens, F]`."""
     packed, bias = module.gate_up_proj, getattr(module, "gate_up_proj_bias", None)
     assert isinstance(packed, Tensor)  # noqa: S101  # as `check_followed` has seen
-    weight = packed[expert].T if getattr(module, "is_transposed", False) else packed[expert]
+    weight = packed[expert].T if is_transposed(module) else packed[expert]
     both = linear(hidden, weight, None if bias is None else bias[expert])  # [tokens, 2 * F]
     gating: Any = getattr(module, "_apply_gate", None)
     if gating is not None:

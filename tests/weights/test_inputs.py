@@ -109,5 +109,11 @@ def test_experts_that_are_not_told_their_tokens_are_refused_first(ignore):
         sparsify_(model, tokens(), sparsity=0.5, ignore=ignore)
     for name, value in model.state_dict().items():
         assert torch.equal(before[name], value), name
+    plain = {"criterion": "magnitude", "reconstruct": False}
+    own = {"dense_target": False, "pattern": "2:4", "targets": ("*experts*",)}
+    masks = sparsify_(copy.deepcopy(model), **plain, weights=own).masks
+    for mask in masks.values():  # [X, C, R]: two of four neighbouring inputs stay
+        assert bool((mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all())
+    assert len(masks) == 4
     sparsify_(model, tokens(), sparsity=0.5, ignore=("*experts*",))
     assert not (model.model.layers[0].self_attn.q_proj.weight != 0).all()
