@@ -40,7 +40,7 @@ class Weights(Model):
     is repaired too."""
     targets: tuple[str, ...] = ()
     """Shell patterns of the parameters, modules or classes to prune; all linear layers,
-    convolutions, recurrent matrices and packed experts, if none is given."""
+    convolutions, recurrent matrices, torch's attention and packed experts, if none is given."""
     embeddings: bool = False
     """Prune embeddings too, and what shares their matrix; by magnitude."""
     remove_dead: bool = True

@@ -14,17 +14,10 @@ from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.moments import Moments, same_on_all
 from hf_prune.weights.find import Matrix, set_values_
-from hf_prune.weights.inputs import (
-    Trace,
-    main_tensor,
-    never_ran,
-    paired_rows,
-    real_rows,
-    rows_of,
-    traced,
-)
+from hf_prune.weights.inputs import Trace, main_tensor, never_ran, real_rows, traced
 from hf_prune.weights.parts import merged
 from hf_prune.weights.problem import Fit, Options, Subject, solve
+from hf_prune.weights.rows import paired_rows, rows_of
 from hf_prune.weights.walk import Block
 
 
@@ -225,7 +218,7 @@ def _bias(block: Block, matrix: Matrix, group: int) -> Tensor | None:
     """
     if matrix.others:
         return None
-    module = block.pruned.get_submodule(block.local(matrix.module))
+    module = block.pruned.get_submodule(block.local(matrix.owner))
     key = matrix.name.rpartition(".")[2].replace("weight", "bias")
     key = f"{key}_bias" if matrix.kind == "experts" else key
     bias = getattr(module, key, None)

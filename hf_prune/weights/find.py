@@ -1,7 +1,8 @@
 """Which matrices of a module can lose single weights, and how each is seen as rows of inputs.
 
-Works on any `nn.Module`: linear layers, `Conv1D`, convolutions, recurrent matrices, packed experts,
-and embeddings where they are asked for. A matrix that several modules share is found once.
+Works on any `nn.Module`: linear layers, `Conv1D`, convolutions, recurrent matrices, torch's own
+attention, packed experts, and embeddings where they are asked for. A matrix that several modules
+share is found once.
 """
 
 import fnmatch
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import ConfigError
@@ -26,8 +28,9 @@ EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 class Matrix:
     """One prunable parameter.
 
-    `groups` is how many independent matrices it holds: experts, or the groups of a convolution.
-    `others` are further modules that have the same parameter.
+    `groups` is how many independent matrices it holds: experts, the groups of a convolution, or
+    queries, keys and values. `module` computes with it. `others` are further modules that have the
+    same parameter.
     """
 
     name: str
@@ -37,6 +40,11 @@ class Matrix:
     groups: int = 1
     transposed: bool = False
     others: tuple[str, ...] = ()
+
+    @property
+    def owner(self) -> str:
+        """The module that holds the parameter; others than `module` only of torch's attention."""
+        return self.name.rpartition(".")[0]
 
     @property
     def numel(self) -> int:
@@ -84,10 +92,24 @@ def _experts(prefix: str, module: nn.Module) -> Iterator[Matrix]:
             yield Matrix(name, prefix, "experts", parameter, parameter.shape[0], transposed)
 
 
+def _attention(prefix: str, module: nn.MultiheadAttention) -> Iterator[Matrix]:
+    """The matrices with which torch's attention computes by itself: its submodule never runs."""
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+    parameters = dict(module.named_parameters())
+    for key in (name for name in names if name in parameters):
+        groups = 3 if key == "in_proj_weight" else 1
+        name = f"{prefix}.{key}" if prefix else key
+        yield Matrix(name, prefix, "attention", parameters[key], groups)
+
+
 def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]:
     name = f"{prefix}.weight" if prefix else "weight"
     plain = "weight" in module._parameters  # not one that is computed, as under weight norm
-    if isinstance(module, nn.Linear) and plain:
+    if isinstance(module, nn.MultiheadAttention):
+        yield from _attention(prefix, module)
+    elif isinstance(module, NonDynamicallyQuantizableLinear):
+        return  # the output projection of such an attention
+    elif isinstance(module, nn.Linear) and plain:
         yield Matrix(name, prefix, "linear", module.weight)
     elif isinstance(module, Conv1D):
         yield Matrix(name, prefix, "linear", module.weight, transposed=True)
@@ -112,7 +134,7 @@ def _names(found: _Named) -> set[str]:
     return {
         name
         for matrix, module in found
-        for name in (matrix.name, matrix.module, type(module).__name__)
+        for name in (matrix.name, matrix.owner, matrix.module, type(module).__name__)
     }
 
 

@@ -28,6 +28,7 @@ from hf_prune.statistics.streams import (
 )
 from hf_prune.weights.block import prune_block
 from hf_prune.weights.find import Matrix, set_values_
+from hf_prune.weights.inputs import modules_that_run
 from hf_prune.weights.masks import Masks
 from hf_prune.weights.norms import prune_by_norms
 from hf_prune.weights.parts import known_layers, parts_of
@@ -334,7 +335,7 @@ def prune_weights_(
             f"criterion {options.criterion!r} with its re-fit needs calibration batches. Pass "
             "some, or choose a magnitude with reconstruct: false and dense_target: false."
         )
-    with in_eval(model):
+    with in_eval(model), modules_that_run():
         _prune_with_data(model, plain, rest, batches, job)
     job.result.masks = {m.name: job.result.masks[m.name] for m in matrices}
     return job.result

@@ -13,7 +13,8 @@ from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.streams import in_eval
 from hf_prune.weights.find import CONVOLUTIONS, Matrix
 from hf_prune.weights.gradients import differentiable, projected
-from hf_prune.weights.inputs import Trace, main_tensor, never_ran, real_rows, rows_of, traced
+from hf_prune.weights.inputs import Trace, main_tensor, never_ran, real_rows, traced
+from hf_prune.weights.rows import rows_of
 from hf_prune.weights.walk import Inputs, Real, real_tokens
 
 

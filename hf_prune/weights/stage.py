@@ -17,11 +17,11 @@ from hf_prune.recipe import RIDGE, Prune, did_you_mean, explain
 from hf_prune.weights.budgets import BUDGETS, Removed, allot
 from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
-from hf_prune.weights.inputs import check_followed
 from hf_prune.weights.patterns import Pattern, parse_pattern
 from hf_prune.weights.problem import CRITERIA, DATA_FREE, GRADIENTS, Options, data_free_scores
 from hf_prune.weights.progress import Progress, digest_of
 from hf_prune.weights.prune import Pruned, prune_weights_
+from hf_prune.weights.rows import check_followed
 from hf_prune.weights.walk import Inputs
 
 DECODER_RIDGE = 1e-1
@@ -251,8 +251,8 @@ def sparsify_(
 ) -> Pruned:
     """Prune single weights of any `nn.Module` in place: a CNN, an LSTM, a model of transformers.
 
-    Matrices of linear layers, convolutions and recurrent layers are followed to their inputs, and
-    what stays is re-fitted so that the module gives what it gave. Zeros that are in a module
+    Matrices of linear layers, convolutions, recurrent layers and torch's attention are followed to
+    their inputs, and what stays is re-fitted so that the module gives what it gave. Zeros that are in a module
     already are weights like others, and may become something else: `KeepZeros` and the later
     stages of `compress` know which zeros were chosen.
 

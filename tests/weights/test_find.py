@@ -9,7 +9,8 @@ from hf_prune import sparsify_
 from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.statistics.streams import Call
 from hf_prune.weights.find import find_matrices, find_weights, set_values_
-from hf_prune.weights.inputs import paired_rows, real_rows, traced
+from hf_prune.weights.inputs import real_rows, traced
+from hf_prune.weights.rows import paired_rows
 
 
 class Everything(nn.Module):

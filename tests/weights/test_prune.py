@@ -442,13 +442,62 @@ def test_lists_are_what_a_recipe_and_a_loader_have():
         sparsify_(net, loader, sparsity=0.5, units=["weights"])
 
 
-def test_attention_that_computes_inside_is_explained():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
-    batches = [torch.randn(4, 5, 16)]
-    with pytest.raises(UnsupportedModelError, match=r"\*out_proj'\. nn\.MultiheadAttention"):
-        sparsify_(encoder, batches, sparsity=0.5)
-    found = sparsify_(encoder, batches, sparsity=0.5, ignore=["*out_proj"])
-    assert list(found.masks) == ["layers.0.linear1.weight", "layers.0.linear2.weight"]
+class Encoder(nn.Module):
+    """Two layers of torch's own, whose attention computes with its matrices by itself."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, padding=None):
+        return self.layers(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("way", ["admm", "own inputs", "knapsack", "fisher_diagonal"])
+def test_attention_that_computes_inside(way):
+    fields = {
+        "admm": {},
+        "own inputs": {"criterion": "sparsegpt", "weights": {"dense_target": False}},
+        "knapsack": {"solver": "knapsack"},
+        "fisher_diagonal": {"criterion": "fisher_diagonal", "solver": "global"},
+    }[way]
+    torch.manual_seed(0)
+    dense = Encoder().eval()
+    lengths = torch.tensor([[6, 3, 4, 5] * 2]).T
+    batches = [(torch.randn(8, 6, 16), torch.arange(6) >= lengths)]
+    model, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    result = sparsify_(model, batches, sparsity=0.5, **fields)
+    assert len(result.masks) == 8
+    assert "layers.layers.1.self_attn.in_proj_weight" in result.masks
+    assert "layers.layers.1.self_attn.out_proj.weight" in result.masks
+    total = sum(mask.numel() for mask in result.masks.values())
+    assert sum(int(mask.sum()) for mask in result.masks.values()) == total // 2
+    for name, mask in result.masks.items():
+        assert not model.get_parameter(name)[~mask].any()
+    own = {"dense_target": False}
+    sparsify_(plain, sparsity=0.5, criterion="magnitude", reconstruct=False, weights=own)
+    inputs, padding = batches[0]
+    with torch.no_grad():
+        wanted = dense(inputs, padding)[~padding]
+        lost = [
+            float((m(inputs, padding)[~padding] - wanted).square().mean()) for m in (model, plain)
+        ]
+    assert lost[0] < 0.6 * lost[1]
+    other = copy.deepcopy(dense)
+    changed = inputs.masked_fill(padding.unsqueeze(-1), 0.0)
+    if way not in ("knapsack", "fisher_diagonal"):  # which follow linear layers to their padding
+        names = ["*linear*"]
+        sparsify_(other, [(changed, padding)], sparsity=0.5, ignore=names, **fields)
+        again = copy.deepcopy(dense)
+        sparsify_(again, batches, sparsity=0.5, ignore=names, **fields)
+        for (name, one), two in zip(other.named_parameters(), again.parameters(), strict=True):
+            if "layers.0" in name:
+                torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+    assert torch.backends.mha.get_fastpath_enabled()
+    skipped = sparsify_(copy.deepcopy(dense), batches, sparsity=0.5, ignore=["*out_proj"])
+    assert len(skipped.masks) == 6
 
 
 def test_what_no_batch_runs_is_named():

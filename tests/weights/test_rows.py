@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     GptOssConfig,
@@ -17,7 +18,7 @@ from hf_prune import sparsify_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.streams import Call
 from hf_prune.weights.find import find_matrices
-from hf_prune.weights.inputs import rows_of
+from hf_prune.weights.rows import rows_of
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -117,3 +118,40 @@ def test_experts_that_are_not_told_their_tokens_are_refused_first(ignore):
     assert len(masks) == 4
     sparsify_(model, tokens(), sparsity=0.5, ignore=("*experts*",))
     assert not (model.model.layers[0].self_attn.q_proj.weight != 0).all()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "fields", [{}, {"bias": False}, {"kdim": 6, "vdim": 10}, {"add_zero_attn": True}], ids=str
+)
+def test_rows_of_attention_that_computes_inside(fields, batch_first):
+    """Multiplied with the matrices, they give queries, keys and values, and what comes out."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(16, 4, batch_first=batch_first, **fields).eval()
+    sizes = (16, fields.get("kdim", 16), fields.get("vdim", 16))
+    times = (5, 7, 7)
+    inputs = [torch.randn(3, t, c) for t, c in zip(times, sizes, strict=True)]
+    given = inputs if batch_first else [value.transpose(0, 1) for value in inputs]
+    seen = {}
+
+    def attention(query, key, value, *args, **kwargs):
+        seen.update(query=query, key=key, value=value)
+        return plain(query, key, value, *args, **kwargs)
+
+    plain, call = F.scaled_dot_product_attention, Call(tuple(given), {"need_weights": False})
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        output = module(*call.args, **call.kwargs)[0]
+    output = output if batch_first else output.transpose(0, 1)
+    rows = {m.name: (m, rows_of(m, module, call, None)) for m in find_matrices(module)}
+    matrix, found = rows.pop("out_proj.weight")
+    bias = 0 if module.out_proj.bias is None else module.out_proj.bias
+    torch.testing.assert_close(found[0] @ matrix.parameter.T + bias, output.flatten(0, 1))
+    weights = [part for m, _ in rows.values() for part in m.view(m.parameter)]
+    parts = [part for _, found in rows.values() for part in found]
+    biases = [0] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    zeros = int(bool(fields.get("add_zero_attn")))
+    for name, x, weight, bias, time in zip(seen, parts, weights, biases, times, strict=True):
+        heads = seen[name] if name == "query" else seen[name][:, :, : seen[name].shape[2] - zeros]
+        made = (x @ weight.T + bias).view(3, time, 4, 4).transpose(1, 2)  # [B, heads, T, D]
+        torch.testing.assert_close(made, heads)
