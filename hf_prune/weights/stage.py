@@ -252,9 +252,9 @@ def sparsify_(
     """Prune single weights of any `nn.Module` in place: a CNN, an LSTM, a model of transformers.
 
     Matrices of linear layers, convolutions, recurrent layers and torch's attention are followed to
-    their inputs, and what stays is re-fitted so that the module gives what it gave. Zeros that are in a module
-    already are weights like others, and may become something else: `KeepZeros` and the later
-    stages of `compress` know which zeros were chosen.
+    their inputs, and what stays is re-fitted so that the module gives what it gave. Zeros that are
+    in a module already are weights like others, and may become something else: `KeepZeros` and the
+    later stages of `compress` know which zeros were chosen.
 
     Args:
         module: left in the mode that it was in.
