@@ -3,6 +3,8 @@
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -124,18 +126,50 @@ def _start_report(
     return report
 
 
+@dataclass(frozen=True)
+class _Aids:
+    """What helps a search above a floor, and where finished layers of single weights are kept."""
+
+    metric: Metric | None = None
+    experience: "str | os.PathLike[str] | None" = None
+    progress: "str | os.PathLike[str] | None" = None
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what no stage would use."""
+        stages = recipe.prune_stages
+        floors = any(stage.floor is not None for stage in stages)
+        if not floors and (self.metric is not None or self.experience is not None):
+            raise ConfigError(
+                "metric and experience are for a stage with a floor: leave them out, or write "
+                "floor: {drop: 0.01}."
+            )
+        if self.progress is not None and all(stage.structural for stage in stages):
+            raise ConfigError(
+                "progress keeps layers of a stage of single weights, units: [weights], and there "
+                "is none: leave it out."
+            )
+
+    def folder(self, index: int) -> Path | None:
+        """Where the layers of one prune stage are kept."""
+        return None if self.progress is None else Path(self.progress) / f"stage-{index}"
+
+    def store(self) -> Experience | None:
+        """Past searches, if they are kept."""
+        return None if self.experience is None else Experience(os.fspath(self.experience))
+
+
 def _all_stages(
     model: PreTrainedModel,
     given: PreTrainedModel,
     recipe: Recipe,
     batches: Sequence[Batch],
     report: dict[str, Any],
-    search: tuple[Metric | None, Experience | None],
+    aids: _Aids,
 ) -> tuple[PreTrainedModel, Plan, Masks]:
     """One stage after the other. Re-fits aim at `model`, as long as widths allow it."""
     pruned = aim = model
-    plan, masks = Plan(model.config.model_type), Masks()
-    for stage in recipe.prune_stages:
+    plan, masks, store = Plan(model.config.model_type), Masks(), aids.store()
+    for index, stage in enumerate(recipe.prune_stages):
         if stage.joint:
             both = prune_jointly(pruned, stage, batches, recipe.seed, dense=aim)
             pruned, step, masks, entries = both.model, both.plan, both.masks, both.entries
@@ -143,12 +177,14 @@ def _all_stages(
             narrows = HIDDEN in stage.units
             goal = pruned if narrows else aim
             analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal, given=given)
-            done = prune_once(analysis, stage, *search)
+            done = prune_once(analysis, stage, aids.metric, store)
             pruned, step, entries = done.model, done.decision.selection.plan, [done.entry]
             aim = copy.deepcopy(pruned) if narrows else aim
         else:
             pruned = copy.deepcopy(model) if pruned is model else pruned
-            step, masks, entry = prune_weights(pruned, stage, batches, recipe.seed, masks)
+            step, masks, entry = prune_weights(
+                pruned, stage, batches, recipe.seed, masks, aids.folder(index)
+            )
             entries = [entry]
         plan = plan.then(step)
         report["pruning"] += entries
@@ -187,13 +223,14 @@ def _finish(result: Result, given: PreTrainedModel, words: Words | None) -> None
     report["stages"]["pruned"] = measure_stage(result.model, report["sequence_length"])
 
 
-def compress(
+def compress(  # noqa: PLR0913  # all but three by name, and each stands alone
     model: PreTrainedModel,
     recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]",
     calibration: Iterable[Batch] | None = None,
     *,
     metric: Metric | None = None,
     experience: "str | os.PathLike[str] | None" = None,
+    progress: "str | os.PathLike[str] | None" = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     texts: Iterable[str] | None = None,
 ) -> Result:
@@ -212,6 +249,8 @@ def compress(
         metric: from a model to a number, higher = better; for stages with a `floor`.
         experience: a local file of past searches above a floor, made when it is not there. The
             search starts where that of the most similar model of the same family ended.
+        progress: a folder in which finished layers of stages of single weights alone are kept: a
+            run that was broken off goes on there when it is started again.
         tokenizer: of the model; the result has it. A stage `vocabulary` needs it, and the result
             then has a smaller one.
         texts: what the model is to be used for, where such a stage names no file of them.
@@ -221,15 +260,17 @@ def compress(
         counts before and after. `save_result` writes it, `push_to_hub` shares it.
 
     Raises:
-        CheckpointError: when the file of experience is torn, or is somebody else's.
-        ConfigError: when the recipe is not valid, or has no floor for a metric or experience.
+        CheckpointError: when the file of experience is torn, or is somebody else's, or `progress`
+            is of another run.
+        ConfigError: when the recipe is not valid, has no floor for a metric or experience, or no
+            stage that keeps progress.
         DataError: when calibration data is missing, too short, or out of range.
         NumericsError: when a weight, a statistic or a score is not finite.
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
     recipe = _check(model, recipe)
     words = _words(recipe, tokenizer, texts)
-    result = _pruned(model, model, recipe, calibration, (metric, experience))
+    result = _pruned(model, model, recipe, calibration, _Aids(metric, experience, progress))
     result.tokenizer = tokenizer
     _finish(result, model, words)
     return result
@@ -262,7 +303,7 @@ def prune_further(
         UnsupportedModelError: as in `compress`.
     """
     recipe = _check(model, recipe)
-    result = _pruned(model, given, recipe, calibration, (metric, experience))
+    result = _pruned(model, given, recipe, calibration, _Aids(metric, experience))
     _finish(result, model, None)
     return result
 
@@ -272,20 +313,13 @@ def _pruned(
     given: PreTrainedModel,
     recipe: Recipe,
     calibration: Iterable[Batch] | None,
-    search: "tuple[Metric | None, str | os.PathLike[str] | None]",
+    aids: _Aids,
 ) -> Result:
     """What the prune stages of a recipe make of a model."""
-    metric, experience = search
-    floors = any(stage.floor is not None for stage in recipe.prune_stages)
-    if not floors and (metric is not None or experience is not None):
-        raise ConfigError(
-            "metric and experience are for a stage with a floor: leave them out, or write "
-            "floor: {drop: 0.01}."
-        )
+    aids.check(recipe)
     batches = _calibration(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
-    store = None if experience is None else Experience(os.fspath(experience))
-    pruned, plan, masks = _all_stages(model, given, recipe, batches, report, (metric, store))
+    pruned, plan, masks = _all_stages(model, given, recipe, batches, report, aids)
     return Result(pruned, plan, report, recipe, masks)
 
 

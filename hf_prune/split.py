@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ MOST = 0.99
 
 
 def prune_weights(
-    model: PreTrainedModel, stage: Prune, batches: Sequence[Batch], seed: int, masks: Masks
+    model: PreTrainedModel,
+    stage: Prune,
+    batches: Sequence[Batch],
+    seed: int,
+    masks: Masks,
+    progress: Path | None = None,
 ) -> tuple[Plan, Masks, dict[str, Any]]:
     """Carry out a stage of single weights on a model, in place.
 
@@ -52,6 +58,7 @@ def prune_weights(
         batches: calibration batches, of which the stage's `calibration_samples` are read.
         seed: of everything random.
         masks: of earlier stages. Their zeros stay zeros, and count as removed.
+        progress: a folder in which finished layers are kept, so that an interrupted run goes on.
 
     Returns:
         What stays, the masks of all stages, and the entry for the report.
@@ -66,7 +73,9 @@ def prune_weights(
     if steps:
         before = copy.deepcopy(model)
         batches, judges = _with_judges(model, batches)
-    result, entry = prune_stage_(model, stage, batches, seed, earlier=masks)
+    result, entry = prune_stage_(model, stage, batches, seed, progress=progress, earlier=masks)
+    if progress is not None:
+        entry["resumed"] = result.resumed
     if steps:
         entry["polish"] = polish_(model, before, batches, judges, steps=steps)
     masks = {**masks, **result.masks}

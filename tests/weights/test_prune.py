@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_prune import sparsify_
+from hf_prune import compress, sparsify_
 from hf_prune.errors import (
     CheckpointError,
     ConfigError,
@@ -339,6 +339,26 @@ def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monk
     plain = {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}}
     with pytest.raises(ConfigError, match=r"'magnitude' without a re-fit .* runs no layer"):
         sparsify_(tiny("llama"), **told, **plain)
+
+
+def test_a_compression_goes_on_at_the_layer_that_it_had_reached(
+    tiny, inputs_for, tmp_path, monkeypatch
+):
+    batches = [inputs_for("llama", seed, (9, 6, 4, 7) * 4) for seed in range(2)]
+    units = {"stage": "prune", "units": ["neurons"], "sparsity": 0.25}
+    recipe = {"stages": [units, {"stage": "prune", "units": ["weights"], "sparsity": 0.5}]}
+    whole = compress(tiny("llama"), recipe, batches)
+    assert "resumed" not in whole.report["pruning"][1]
+    told = {"progress": tmp_path / "state"}
+    with dying_after_a_layer(monkeypatch), pytest.raises(KeyboardInterrupt):
+        compress(tiny("llama"), recipe, batches, **told)
+    again = compress(tiny("llama"), recipe, batches, **told)
+    assert again.report["pruning"][1]["resumed"] == ["model.layers.0"]
+    pairs = zip(again.model.named_parameters(), whole.model.parameters(), strict=True)
+    for (key, ours), theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=key)
+    with pytest.raises(ConfigError, match="keeps layers of a stage of single weights"):
+        compress(tiny("llama"), {"stages": [units]}, batches, **told)
 
 
 def test_pruning_by_norms_goes_on_too(tiny, inputs_for, tmp_path, monkeypatch):
