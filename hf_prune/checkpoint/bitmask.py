@@ -142,14 +142,15 @@ def pack_folder(folder: Path, model: PreTrainedModel) -> dict[str, int]:
 
     Args:
         folder: written by `save_pretrained`, not yet in its final place.
-        model: the one that was saved. It is not changed. Matrices that transformers saves under
-            other names than the model's own stay dense.
+        model: the one that was saved. It is not changed. Matrices and convolutions that
+            transformers saves under other names than the model's own, as it does packed experts,
+            stay dense.
 
     Returns:
         `bytes_dense` and `bytes_stored`: sizes of all weight files, before and after.
     """
     where: dict[str, str] = {}
-    matrices = {name for name, value in model.state_dict().items() if value.ndim == 2}
+    matrices = {name for name, value in model.state_dict().items() if value.ndim > 1}
     sizes = {"bytes_dense": 0, "bytes_stored": 0}
     for path in sorted(folder.glob("*.safetensors")):
         found, before, after = _pack_file(path, matrices)

@@ -73,6 +73,20 @@ def test_plain_from_pretrained_reads_it(name, share, shards, tiny, tmp_path, mon
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["vit", "wav2vec2", "whisper"])
+def test_convolutions(name, tiny, tmp_path):
+    model = sparse(tiny, name)
+    save_model(model, tmp_path / "out", storage="bitmask")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        packed = {key.removesuffix(f".{MASK}") for key in file.keys() if key.endswith(MASK)}  # noqa: SIM118  # no dict
+    convolutions = {key for key, value in model.state_dict().items() if value.ndim > 2}
+    assert packed & convolutions
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in info if key.endswith("_keys"))
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
 def test_narrowed_and_sparse(tiny, uneven_plan, inputs_for, logits, tmp_path):
     model = tiny("bert")
     remove_units(model, uneven_plan(model))
