@@ -197,7 +197,7 @@ def _check(model: PreTrainedModel, stage: Prune, shards: _Shards) -> None:
     cannot = {
         "schedule": stage.schedule is not None,
         "weights.embeddings": single.embeddings,
-        "weights.polish_steps": single.polish_steps > 0,
+        "polish_steps": stage.polish_steps > 0,
         "weights.remove_dead": single.remove_dead and "remove_dead" in single.model_fields_set,
     }
     asked = [name for name, value in cannot.items() if value]

@@ -34,6 +34,7 @@ from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.width import refit_width
 from hf_prune.targets import Chooser, Decision
 from hf_prune.training.aim import same_on_all_processes
+from hf_prune.training.polish import polish_, with_judges
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Analysis:
             which targets are shares.
         seed: of everything random.
         seconds: wall time of each step so far.
+        judges: examples that nothing is fitted to, where the stage has a polish.
     """
 
     model: PreTrainedModel
@@ -66,6 +68,7 @@ class Analysis:
     seed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     targets: DenseTargets | None = None
+    judges: Sequence[Batch] = ()
 
     def dense_targets(self) -> DenseTargets:
         """What the dense network computes on the batches of the re-fit; computed once."""
@@ -128,6 +131,9 @@ def analyse(
             f"criterion {stage.criterion!r} looks at what enters one projection, and many read the "
             "hidden width. Use fisher, taylor, or magnitude."
         )
+    judges: Sequence[Batch] = ()
+    if stage.polish_steps:
+        batches, judges = with_judges(model, batches)
     few = first_examples(model, batches, stage.calibration_samples)
     with _timed(seconds, "statistics"):
         statistics = collect(model, sites, few, wanted, seed, stage.projections)
@@ -136,7 +142,8 @@ def analyse(
     many = first_examples(model, batches, stage.reconstruction_samples or stage.calibration_samples)
     alone = dense is None or stage.reconstruction == "parallel"
     aim = model if alone or dense is None else dense
-    return Analysis(model, sites, rankings, many, aim, given or dense or model, seed, seconds)
+    given = given or dense or model
+    return Analysis(model, sites, rankings, many, aim, given, seed, seconds=seconds, judges=judges)
 
 
 @dataclass(frozen=True)
@@ -214,6 +221,11 @@ def prune_once(
     pruned.entry["seconds"] |= seconds
     if trials:
         pruned.entry["search"] = trials
+    if stage.polish_steps:
+        data = (analysis.refit_batches, analysis.judges)
+        with _timed(pruned.entry["seconds"], "polish"):
+            found = polish_(pruned.model, analysis.dense, *data, steps=stage.polish_steps)
+        pruned.entry["polish"] = found
     return pruned
 
 

@@ -57,7 +57,8 @@ def _needs_data(stage: Prune) -> bool:
     if not stage.structural:
         return needs_data(stage)
     statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
-    return bool(statistics) or stage.reconstruct or stage.rescale or stage.search_trials > 0
+    fits = stage.reconstruct or stage.rescale
+    return bool(statistics) or fits or stage.search_trials + stage.polish_steps > 0
 
 
 def _calibration(

@@ -13,20 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_prune.budget.costs import cost_tables
-from hf_prune.errors import DataError
 from hf_prune.oneshot import Analysis, analyse, prune_once
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, count_to_remove
 from hf_prune.search.judge import Judge
 from hf_prune.statistics.batches import Batch, first_examples
-from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.surgery.dead import remove_dead_
-from hf_prune.surgery.dense import set_apart
-from hf_prune.training.polish import polish_
+from hf_prune.training.polish import polish_, with_judges
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import find_stage, prune_stage_
 
@@ -68,41 +64,21 @@ def prune_weights(
             raises.
     """
     batches = first_examples(model, batches, stage.calibration_samples)
-    steps = stage.single.polish_steps
     before, judges = model, list[Batch]()
-    if steps:
+    if stage.polish_steps:
         before = copy.deepcopy(model)
-        batches, judges = _with_judges(model, batches)
+        batches, judges = with_judges(model, batches)
     result, entry = prune_stage_(model, stage, batches, seed, progress=progress, earlier=masks)
     if progress is not None:
         entry["resumed"] = result.resumed
-    if steps:
-        entry["polish"] = polish_(model, before, batches, judges, steps=steps)
+    if stage.polish_steps:
+        entry["polish"] = polish_(model, before, batches, judges, steps=stage.polish_steps)
     masks = {**masks, **result.masks}
     dead = Plan(model.config.model_type)
     if stage.single.remove_dead and batches:
         dead, masks = remove_dead_(model, batches[0], masks)
         entry["dead_units"] = sum(len(site.removed) for site in dead.sites.values())
     return Plan(model.config.model_type, dead.sites, count_kept(masks)), masks, entry
-
-
-def _with_judges(
-    model: PreTrainedModel, batches: Sequence[Batch]
-) -> tuple[list[Batch], list[Batch]]:
-    """Batches to fit, and batches that judge a polish afterwards.
-
-    Raises:
-        DataError: on every process, when one of them has none to fit, or none of them any judge.
-    """
-    fitted, judges = set_apart(model, batches)
-    found = torch.tensor([float(not fitted), float(len(judges))], device=model.device)
-    empty, judging = sum_over_processes(found).tolist()
-    if empty or not judging:
-        raise DataError(
-            "polish_steps: one calibration example in five judges, and there are too few of them: "
-            "pass some dozens."
-        )
-    return fitted, judges
 
 
 def try_splits(error: Callable[[float], float], trials: int) -> list[tuple[float, float]]:
@@ -248,6 +224,9 @@ def prune_jointly(
         DataError: when calibration data is missing, or too little to judge with.
         NumericsError: when a statistic, a score or an input is not finite.
     """
+    judges = list[Batch]()
+    if stage.polish_steps:
+        batches, judges = with_judges(model, batches)
     analysis = analyse(model, stage.structure_part(0.0), batches, seed, dense=dense)
     budget = _Budget(analysis, stage)
     start = time.perf_counter()
@@ -260,7 +239,7 @@ def prune_jointly(
         plan = plan.then(step)
         entries = [*entries, entry]
     gone = budget.total - budget.nonzero(small)
-    entry = {
+    whole: dict[str, Any] = {
         "kind": "joint",
         "total": budget.total,
         "asked_to_remove": budget.asked,
@@ -271,4 +250,7 @@ def prune_jointly(
         "splits": splits,
         "seconds": seconds,
     }
-    return Both(small, plan, masks, [entry, *entries])
+    if stage.polish_steps:
+        steps = stage.polish_steps
+        whole["polish"] = polish_(small, dense, analysis.refit_batches, judges, steps=steps)
+    return Both(small, plan, masks, [whole, *entries])

@@ -46,6 +46,10 @@ SEARCHED = ", searched"
 """Ends the names of methods whose widths a search on what the pruned network does refines."""
 TRIALS = 24
 """Of such a search."""
+POLISHED = ", polished"
+"""Ends the names of methods after which norms and biases alone are trained, without labels."""
+STEPS = 200
+"""Of such a polish, one batch of 32 a step."""
 METHODS: dict[str, tuple[str, str]] = {
     "kfac_obs knapsack": ("kfac_obs", "knapsack"),
     "kfac_obs global": ("kfac_obs", "global"),
@@ -82,7 +86,7 @@ METHODS |= {
         "random uniform",
     )
 }
-METHODS[f"kfac_obs knapsack{SEARCHED}"] = METHODS["kfac_obs knapsack"]
+METHODS |= {f"kfac_obs knapsack{how}": ("kfac_obs", "knapsack") for how in (SEARCHED, POLISHED)}
 """What is compared, best first, so that an interrupted run has the most telling rows."""
 TEMPLATE = {"pattern": "uniform_width", "multiple": 64}
 """Of the rows with a template: the same share of every site."""
@@ -120,6 +124,7 @@ def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
         "sequence_length": TOKENS,
         "reconstruct": not method.endswith(AS_IT_IS),
         "search_trials": TRIALS if method.endswith(SEARCHED) else 0,
+        "polish_steps": STEPS if method.endswith(POLISHED) else 0,
         **goal,
         **options,
     }
@@ -136,21 +141,22 @@ def _missing(
     """The key, method and level of each row that is not there yet, and what to decide it from.
 
     `wanted` holds the levels of keys by method. Methods of one criterion share an analysis, and
-    all of them one dense pass.
+    all of them one dense pass, but for those that hold examples out to judge a polish.
     """
     samples = sum(len(batch["input_ids"]) for batch in calibration)
-    made: dict[str, Analysis] = {}
-    targets: DenseTargets | None = None
+    made: dict[tuple[str, int], Analysis] = {}
+    targets: dict[int, DenseTargets] = {}
     for method, levels in wanted.items():
-        criterion = METHODS[method][0]
+        stage = prune_stage(method, {"sparsity": 0.5}, calibration_samples=samples)
+        steps = stage.polish_steps
         for key, level in levels.items():
             if key in rows:
                 continue
-            if criterion not in made:
-                stage = prune_stage(method, {"sparsity": 0.5}, calibration_samples=samples)
-                made[criterion] = analyse(model, stage, calibration, seed)
-            analysis = made[criterion]
-            analysis.targets = targets = targets or analysis.dense_targets()
+            if (stage.criterion, steps) not in made:
+                made[stage.criterion, steps] = analyse(model, stage, calibration, seed)
+            analysis = made[stage.criterion, steps]
+            analysis.targets = targets.get(steps) or analysis.dense_targets()
+            targets[steps] = analysis.targets
             yield key, method, level, analysis
 
 

@@ -127,7 +127,7 @@ def test_one_layer_at_a_time(tiny, inputs_for, tmp_path, monkeypatch):
     [
         ({"solver": "knapsack"}, "with solver: uniform"),
         ({"criterion": "sensitivity"}, "needs no gradient"),
-        ({"weights": {"polish_steps": 5}}, "weights.polish_steps: not from disk to disk"),
+        ({"polish_steps": 5}, "polish_steps: not from disk to disk"),
         ({"weights": {"embeddings": True}}, "weights.embeddings: not from disk to disk"),
         ({"weights": {"remove_dead": True}}, "weights.remove_dead: not from disk to disk"),
         (

@@ -206,7 +206,8 @@ def gradual(stage, **schedule):
             one(floor={"drop": 0.1, "search": "optuna", "precision": 0.1}),
             "precision is for search: bisection",
         ),
-        (gradual({**SINGLE, "weights": {"polish_steps": 1}}), "polish_steps: .* for one shot"),
+        (gradual({**SINGLE, "polish_steps": 1}), "polish_steps are of one shot"),
+        (one(floor={"drop": 0.1}, polish_steps=1), "polish_steps come after a decision"),
         (gradual({**SINGLE, "weights": {"rank": "row"}}), "rank: row.* is for one shot"),
         (
             one(**SINGLE, criterion="wanda", weights={"iterations": 3}),
@@ -238,15 +239,15 @@ def test_defaults_written_out_are_not_refused():
     target = {"speedup": "2x", "batch_size": 4}
     told = load_recipe({"stages": [{"stage": "prune", "target": target, "ridge": 0.5}]})
     assert told.prune_stages[0].ridge == 0.5
-    rank = {"rank": "matrix", "polish_steps": 0}
+    rank = {"rank": "matrix"}
     told = load_recipe(gradual({**SINGLE, "weights": rank, "reconstruction": "sequential"}))
     assert told.prune_stages[0].single.rank == "matrix"
     tuned = {"iterations": 12, "penalty": 0.5, "refit_steps": 10}
     assert load_recipe(one(**SINGLE, criterion="magnitude", reconstruct=False, weights=tuned))
     joint = {"units": ["heads", "weights"], "sparsity": 0.5, "weights": {"iterations": 3}}
     assert load_recipe(one(**joint)).prune_stages[0].weights_part(0.5).single.iterations == 3
-    told = load_recipe(one(**SINGLE, weights={"rank": "row", "polish_steps": 3}))
-    assert told.prune_stages[0].single.polish_steps == 3
+    told = load_recipe(one(**SINGLE, weights={"rank": "row"}, polish_steps=3))
+    assert told.prune_stages[0].polish_steps == 3
     told = load_recipe(one(search_trials=2, rescale=True, reconstruction="parallel"))
     assert told.prune_stages[0].reconstruction == "parallel"
     schedule = load_recipe(gradual(PRUNE, regrow=True)).prune_stages[0].schedule
@@ -346,7 +347,7 @@ def test_text_that_looks_like_a_number_survives(text):
 
 def test_units_and_weights_in_one_stage():
     """Each part is a stage of its own, with what the stage says of it."""
-    told = {"criterion": "wanda", "pattern": "4x1", "polish_steps": 2}
+    told = {"criterion": "wanda", "pattern": "4x1", "rank": "matrix"}
     given = {"sparsity": 0.5, "even": True, "search_trials": 3, "ridge": 0.5, "weights": told}
     (stage,) = load_recipe({"stages": [{**BOTH, **given, "ignore": ["*x*"]}]}).prune_stages
     assert stage.structural
@@ -359,7 +360,7 @@ def test_units_and_weights_in_one_stage():
         assert load_recipe({"stages": [part.model_dump(mode="json")]}).prune_stages == (part,)
     assert (units.units, units.criterion, units.even) == (("heads", "neurons"), "kfac_obs", True)
     assert (weights.units, weights.criterion, weights.solver) == (("weights",), "wanda", "uniform")
-    assert (weights.single.pattern, weights.single.polish_steps) == ("4x1", 2)
+    assert (weights.single.pattern, weights.single.rank) == ("4x1", "matrix")
     (plain,) = load_recipe({"stages": [{**BOTH, "sparsity": 0.5}]}).prune_stages
     assert plain.weights_part(0.5).criterion == "admm"
     (alone,) = load_recipe(one(units=["weights"])).prune_stages

@@ -52,10 +52,6 @@ class Weights(Model):
     """Penalty of `admm`, where every input has mean square one."""
     refit_steps: int = Field(default=REFIT_STEPS, ge=1)
     """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
-    polish_steps: int = Field(default=0, ge=0)
-    """Steps of Adam on norms and biases alone, after the walk, towards the dense network's output
-    distribution. One example in five is held out, of the walk too, and says whether they are
-    kept."""
 
     @property
     def tunes_admm(self) -> bool:

@@ -20,6 +20,29 @@ from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.logits import Said, divergence, has_head, said
 from hf_prune.statistics.streams import in_eval
+from hf_prune.surgery.dense import set_apart
+
+
+def with_judges(
+    model: PreTrainedModel, batches: Sequence[Batch]
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches to fit to, and batches of other examples, which judge a polish afterwards.
+
+    Raises:
+        DataError: when the model gives no logits; and, on every process, when one of them has
+            nothing to fit to, or none of them a judge.
+    """
+    fitted, judges = set_apart(model, batches)
+    found = torch.tensor([float(not fitted), float(len(judges))], device=model.device)
+    empty, judging = sum_over_processes(found).tolist()
+    if empty or not judging:
+        raise DataError(
+            "polish_steps: one calibration example in five judges, and there are too few of them: "
+            "pass some dozens."
+        )
+    with in_eval(model), torch.no_grad():
+        _said(model, to_device(fitted[0], model.device))
+    return fitted, judges
 
 
 def _said(model: PreTrainedModel, batch: Batch) -> Said:
@@ -90,7 +113,7 @@ def polish_(
         dense: what it was before.
         batches: one batch a step, again and again. Labels are not used, and padding is never
             counted.
-        judges: batches of other examples, to which nothing was fitted, as `set_apart` gives them.
+        judges: batches of other examples, to which nothing was fitted, as `with_judges` gives them.
         steps: of Adam, its rate falling to zero.
         learning_rate: at the start.
 

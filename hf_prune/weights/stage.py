@@ -89,7 +89,7 @@ def needs_data(stage: Prune) -> bool:
         stage.criterion not in DATA_FREE
         or stage.reconstruct
         or stage.single.dense_target
-        or stage.single.polish_steps > 0
+        or stage.polish_steps > 0
         or stage.solver in MEASURED
     )
 
@@ -309,7 +309,7 @@ def _own_stage(fields: Mapping[str, Any]) -> Prune:
         raise ConfigError(
             "sparsify_ changes no shape of a module: leave remove_dead to compress()."
         )
-    if stage.schedule is not None or stage.single.polish_steps:
+    if stage.schedule is not None or stage.polish_steps:
         raise ConfigError(
             "sparsify_ prunes any module in one shot: leave schedule to PruneCallback, and "
             "polish_steps to compress()."

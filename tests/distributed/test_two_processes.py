@@ -77,7 +77,7 @@ WEIGHTS = {
         "weights": {"dense_target": False},
     },
     "fisher_diagonal": {"criterion": "fisher_diagonal", "solver": "global"},
-    "polish": {"criterion": "wanda", "weights": {"polish_steps": 3}},
+    "polish": {"criterion": "wanda", "polish_steps": 3},
     "in one budget with units": {
         "units": ["heads", "neurons", "weights"],
         "weights": {"criterion": "wanda"},
@@ -107,7 +107,7 @@ def single_weights(mine):
 STRUCTURE = {
     "hidden": {"units": ["hidden"], "criterion": "fisher", "sparsity": 0.5},
     "search": {"sparsity": 0.5, "search_trials": 3, "round_to": 4},
-    "sampled": {"sparsity": 0.5, "criterion": "kfac_obs_sampled"},
+    "sampled": {"sparsity": 0.5, "criterion": "kfac_obs_sampled", "polish_steps": 2},
     "timed": {"target": {"speedup": 1.3, "batch_size": 2}},
     "fewer": {"sparsity": 0.5, "calibration_samples": 32, "reconstruction_samples": 48},
 }

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from hf_prune import compress, split
+from hf_prune import compress, oneshot, split
 from hf_prune.errors import DataError
 from hf_prune.surgery.dense import set_apart
 from hf_prune.training.polish import polish_
 from hf_prune.weights.find import find_weights
 from hf_prune.weights.masks import apply_masks_, magnitude_masks
-from hf_prune.weights.stage import prune_stage_
 
 
 @pytest.fixture
@@ -67,46 +66,59 @@ def test_padding_is_never_counted(case):
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
-def test_a_recipe_asks_for_it(tiny, inputs_for):
-    batches = [inputs_for("llama", seed, (9, 6, 4, 7) * 4) for seed in range(4)]
-    stage = {"stage": "prune", "units": ["weights"], "sparsity": 0.7}
-    recipe = {"stages": [{**stage, "weights": {"polish_steps": 12}}]}
-    entry = compress(tiny("llama"), recipe, batches).report["pruning"][0]
-    assert set(entry["polish"]) == {"before", "after", "kept"}
-    assert (
-        "polish" not in compress(tiny("llama"), {"stages": [stage]}, batches).report["pruning"][0]
-    )
-
-
-def test_examples_that_judge_are_not_fitted(tiny, inputs_for, monkeypatch):
+@pytest.mark.parametrize(
+    "units", [("weights",), ("heads", "neurons"), ("neurons", "weights"), ("hidden",)], ids=str
+)
+def test_examples_that_judge_are_seen_by_nothing_before(units, tiny, inputs_for, monkeypatch):
     """A decoder learns its calibration text by heart, and would judge itself by what it knows."""
-    seen = {}
-
-    def walk(model, stage, batches, seed, **more):
-        seen["walk"] = batches
-        return prune_stage_(model, stage, batches, seed, **more)
+    seen = {"fitted": [], "judges": []}
 
     def polish(model, dense, batches, judges, **more):
-        seen["polish"], seen["judges"] = batches, judges
+        seen["fitted"] += batches
+        seen["judges"] += judges
         return polish_(model, dense, batches, judges, **more)
 
-    monkeypatch.setattr(split, "prune_stage_", walk)
+    def watch(room, name, place):
+        real = getattr(room, name)
+
+        def watched(*args, **kwargs):
+            seen["fitted"] += args[place]
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(room, name, watched)
+
+    watch(split, "prune_stage_", 2)
+    watch(oneshot, "collect", 2)
+    watch(oneshot, "dense_targets", 1)
     monkeypatch.setattr(split, "polish_", polish)
+    monkeypatch.setattr(oneshot, "polish_", polish)
     given = [inputs_for("llama", seed, (9, 6, 4, 7) * 4) for seed in range(4)]
-    stage = {"stage": "prune", "units": ["weights"], "sparsity": 0.5}
-    polished = {**stage, "weights": {"polish_steps": 2}}
-    compress(tiny("llama"), {"stages": [polished]}, given)
-    rows = {
-        name: {tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}
-        for name, batches in seen.items()
-    }
-    assert rows["walk"] == rows["polish"]
-    assert not rows["walk"] & rows["judges"]
-    assert len(rows["walk"]) + len(rows["judges"]) == 64
-    assert 4 < len(rows["judges"]) < 25
+    stage = {"stage": "prune", "units": list(units), "sparsity": 0.5, "sequence_length": 16}
+    polished = {**stage, "polish_steps": 2}
+    report = compress(tiny("llama"), {"stages": [polished]}, given).report
+    assert set(report["pruning"][0]["polish"]) == {"before", "after", "kept"}
+    fitted, judges = (
+        {tuple(row.tolist()) for batch in seen[name] for row in batch["input_ids"]}
+        for name in ("fitted", "judges")
+    )
+    assert not fitted & judges
+    assert len(fitted) + len(judges) == 64
+    assert 4 < len(judges) < 25
     few = [inputs_for("llama", 0, (9,))]
     with pytest.raises(DataError, match="one calibration example in five judges"):
         compress(tiny("llama"), {"stages": [{**polished, "min_calibration_samples": 1}]}, few)
+    bare = [{k: v for k, v in batch.items() if k != "labels"} for batch in given]
+    with pytest.raises(DataError, match="LlamaModel gives no logits"):
+        compress(tiny("llama").model, {"stages": [polished]}, bare)
+    assert "polish" not in compress(tiny("llama"), {"stages": [stage]}, given).report["pruning"][0]
+
+
+def test_heads_and_neurons_come_nearer_too(tiny, inputs_for):
+    given = [inputs_for("bert", seed, (9, 6, 4, 7) * 8) for seed in range(4)]
+    stage = {"stage": "prune", "sparsity": 0.7, "sequence_length": 16, "polish_steps": 60}
+    polish = compress(tiny("bert"), {"stages": [stage]}, given).report["pruning"][0]["polish"]
+    assert polish["kept"]
+    assert polish["after"] < 0.95 * polish["before"]
 
 
 def test_what_it_needs(case, tiny, inputs_for):

@@ -410,7 +410,7 @@ def test_any_module_by_the_fields_of_a_stage():
         sparsify_(net, images.split(8), sparsity=0.5, weights={"remove_dead": True})
     with pytest.raises(ConfigError, match="leave sequence_length to compress"):
         sparsify_(net, images.split(8), sparsity=0.5, sequence_length=7)
-    for fields in ({"schedule": Schedule()}, {"weights": {"polish_steps": 2}}):
+    for fields in ({"schedule": Schedule()}, {"polish_steps": 2}):
         with pytest.raises(ConfigError, match="in one shot: leave schedule to PruneCallback"):
             sparsify_(net, images.split(8), sparsity=0.5, **fields)
 
