@@ -10,7 +10,8 @@ from hf_prune.recipe.model import Model
 from hf_prune.recipe.schedule import Schedule
 from hf_prune.recipe.target import Floor, Target, check_fraction
 from hf_prune.recipe.template import Template, UniformWidth
-from hf_prune.recipe.weights import REFIT_STEPS, Weights
+from hf_prune.recipe.unread import unread
+from hf_prune.recipe.weights import Weights
 
 Unit = Literal["heads", "neurons", "query_heads", "experts", "expert_neurons", "hidden", "weights"]
 UNITS: tuple[str, ...] = get_args(Unit)
@@ -269,69 +270,13 @@ class Prune(Model):
         return self
 
     @model_validator(mode="after")
-    def _nothing_ignored(self) -> "Prune":
-        gradual, weights = self.schedule is not None, not self.structural
-        search, rank = self.search_trials > 0, self.single.rank
-        parallel = self.reconstruction == "parallel"
-        kinds, refits = set(self.units), self.reconstruct or self.rescale
-        regrow = self.schedule is not None and self.schedule.regrow
-        refused = {
-            "search_trials refines widths for a budget: leave it out, or floor": search
-            and self.floor is not None,
-            "search_trials is for one shot: leave it out, or schedule": search and gradual,
-            "search_trials is for heads and neurons: leave it out": search
-            and (weights or "hidden" in self.units),
-            "rescale is for heads and neurons in one shot: leave it out": self.rescale
-            and (gradual or weights),
-            "reconstruction: parallel is for heads and neurons; to fit single weights to what they "
-            "got themselves write weights: {dense_target: false}": parallel and weights,
-            "reconstruction: parallel is for one shot: leave it out": parallel and gradual,
-            "round_to and even are for units that are removed: leave them out": weights
-            and (self.round_to > 1 or self.even),
-            "round_to is for neurons and channels: leave it out": self.round_to > 1
-            and not kinds & {"neurons", "expert_neurons", "hidden"},
-            "min_heads is for heads: leave it out": self.min_heads != 1
-            and not kinds & {"heads", "query_heads"},
-            "min_neurons is for neurons: leave it out": self.min_neurons != 1
-            and not kinds & {"neurons", "expert_neurons"},
-            "ridge is of a re-fit: leave it out, or reconstruct: false": self.ridge is not None
-            and not (refits or "weights" in kinds),
-            "polish_steps are of one shot: leave them out, the training after the schedule moves "
-            "norms and biases too": gradual and self.polish_steps > 0,
-            "polish_steps come after a decision, and a floor decides by what it measured before: "
-            "leave one of them out": self.floor is not None and self.polish_steps > 0,
-            "weights: {iterations, penalty} are of criterion: admm: leave them out": (
-                "weights" in kinds and not self._by_admm and self.single.tunes_admm
-            ),
-            "weights: {refit_steps: ...} is of a re-fit in one shot: leave it out": (
-                (gradual or not self.reconstruct) and self.single.refit_steps != REFIT_STEPS
-            ),
-            "weights: {rank: row} is for one shot: with a schedule matrices are ranked": gradual
-            and rank == "row",
-            "weights: {rank: row} is for pattern: unstructured: leave one of them out": rank
-            == "row"
-            and self.single.pattern != "unstructured",
-            "of: layers is for a sparsity: a target is one of the whole model": self.of == "layers"
-            and self.target is not None,
-            "cost is what a sparsity counts: name parameters or macs in the target": self.cost
-            == "macs"
-            and self.target is not None,
-            "reconstruction_samples are of a re-fit: leave them out, or reconstruct: false": (
-                not refits and self.reconstruction_samples is not None
-            ),
-            "reconstruction_samples are of heads and neurons; single weights are chosen and fitted "
-            "on calibration_samples: write more of them": weights
-            and self.reconstruction_samples is not None,
-            "regrow is for masks: scored; learned masks open again by themselves": regrow
-            and self.masks != "scored",
-        }
-        for message, wrong in refused.items():
-            if wrong:
-                raise ValueError(message)
+    def _nothing_unread(self) -> "Prune":
+        for reason in unread(self):
+            raise ValueError(reason)
         return self
 
     @property
-    def _by_admm(self) -> bool:
+    def by_admm(self) -> bool:
         """Whether ADMM chooses single weights."""
         name = self.single.criterion or "admm" if self.joint else self.criterion
         return name == "admm"
