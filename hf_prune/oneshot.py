@@ -32,7 +32,7 @@ from hf_prune.surgery.dense import DenseTargets, dense_targets
 from hf_prune.surgery.reconstruct import refit_as_asked
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.width import refit_width
-from hf_prune.targets import Chooser, Decision
+from hf_prune.targets import Chooser, Decision, Shares
 from hf_prune.training.aim import same_on_all_processes
 from hf_prune.training.polish import polish_, with_judges
 
@@ -56,6 +56,7 @@ class Analysis:
             which targets are shares.
         seed: of everything random.
         seconds: wall time of each step so far.
+        shares: latencies that were measured so far, as `Chooser` takes them.
         judges: examples that nothing is fitted to, where the stage has a polish.
     """
 
@@ -69,6 +70,7 @@ class Analysis:
     seconds: dict[str, float] = field(default_factory=dict)
     targets: DenseTargets | None = None
     judges: Sequence[Batch] = ()
+    shares: Shares = field(default_factory=dict)
 
     def dense_targets(self) -> DenseTargets:
         """What the dense network computes on the batches of the re-fit; computed once."""
@@ -202,7 +204,12 @@ def prune_once(
     """
     start = time.perf_counter()
     chooser = Chooser(
-        analysis.model, analysis.sites, analysis.rankings, stage, given=analysis.given
+        analysis.model,
+        analysis.sites,
+        analysis.rankings,
+        stage,
+        given=analysis.given,
+        shares=analysis.shares,
     )
     if stage.floor is not None:
         if metric is None:

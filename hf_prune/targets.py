@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from transformers import PreTrainedModel
@@ -189,6 +189,10 @@ def _scaled(goal: Goal, scale: float) -> Goal:
     return dataclasses.replace(goal, asked=math.ceil(goal.asked * scale))
 
 
+Shares = dict[tuple[Shape, tuple[tuple[str, int], ...]], float]
+"""Measured latencies as shares of the dense model's, by shape and by how much each site keeps."""
+
+
 @dataclass
 class Chooser:
     """Chooses widths for one model and one stage, again and again for different amounts.
@@ -204,6 +208,8 @@ class Chooser:
         table: from an earlier run; measured where it is needed, if not given.
         given: the network before anything was pruned, of which targets are shares; `model` itself,
             if not given.
+        shares: latencies of networks that were timed, as shares of the dense one's, to which those
+            that this one times are added: the same widths are not timed again.
     """
 
     model: PreTrainedModel
@@ -212,6 +218,7 @@ class Chooser:
     stage: Prune
     table: LatencyTable | None = None
     given: PreTrainedModel | None = None
+    shares: Shares = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         target = self.stage.target
@@ -374,8 +381,11 @@ class Chooser:
 
     def _measure(self, counts: Mapping[str, int]) -> float:
         """The latency of a model of some widths, as a share of the dense model's."""
-        models = {"dense": self.model, "pruned": shaped_like(self.model, counts)}
-        return self._compare(models)["pruned"].ratio
+        key = (self.shape, tuple(sorted(counts.items())))
+        if key not in self.shares:
+            models = {"dense": self.model, "pruned": shaped_like(self.model, counts)}
+            self.shares[key] = self._compare(models)["pruned"].ratio
+        return self.shares[key]
 
     def _given_share(self) -> float:
         """The latency of the given network, as a share of that of the model to be pruned."""

@@ -39,6 +39,7 @@ from hf_prune.oneshot import Analysis, analyse, prune_once
 from hf_prune.recipe import Prune, load_recipe
 from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.dense import DenseTargets
+from hf_prune.targets import Shares
 
 AS_IT_IS = ", no re-fit"
 """Ends the names of methods after which nothing is re-fitted, as they were published."""
@@ -141,11 +142,13 @@ def _missing(
     """The key, method and level of each row that is not there yet, and what to decide it from.
 
     `wanted` holds the levels of keys by method. Methods of one criterion share an analysis, and
-    all of them one dense pass, but for those that hold examples out to judge a polish.
+    all of them one dense pass, but for those that hold examples out to judge a polish. What was
+    timed of some widths serves all.
     """
     samples = sum(len(batch["input_ids"]) for batch in calibration)
     made: dict[tuple[str, int], Analysis] = {}
     targets: dict[int, DenseTargets] = {}
+    shares: Shares = {}
     for method, levels in wanted.items():
         stage = prune_stage(method, {"sparsity": 0.5}, calibration_samples=samples)
         steps = stage.polish_steps
@@ -157,6 +160,7 @@ def _missing(
             analysis = made[stage.criterion, steps]
             analysis.targets = targets.get(steps) or analysis.dense_targets()
             targets[steps] = analysis.targets
+            analysis.shares = shares
             yield key, method, level, analysis
 
 

@@ -9,6 +9,7 @@ from hf_prune.criteria.ranking import Ranking
 from hf_prune.measure.counts import count_macs, count_memory, count_parameters
 from hf_prune.measure.latency import Latency
 from hf_prune.measure.latency_table import LatencyTable, _group
+from hf_prune.oneshot import analyse, prune_once
 from hf_prune.recipe import Prune, Target, load_recipe, share_of
 from hf_prune.sites import find_sites
 from hf_prune.statistics.score import score
@@ -203,6 +204,39 @@ def test_a_wrong_table_is_corrected(tiny, machine, wrong_by, target):
     (outcome,) = decision.selection.outcomes
     assert outcome.cost == "latency_ns"
     assert (outcome.total - outcome.removed) / 1e6 == pytest.approx(timing["measured_ms"])
+
+
+def test_the_same_widths_are_timed_once(tiny, machine, monkeypatch):
+    """Another criterion keeps other neurons, and as many of them."""
+    machine(1.4)
+    timed = []
+    straight = targets.compare_latency
+
+    def counting(models, **options):
+        timed.append(models)
+        return straight(models, **options)
+
+    monkeypatch.setattr(targets, "compare_latency", counting)
+    model = tiny("bert")
+    analysis, plans, numbers = None, [], []
+    for criterion in ("magnitude", "random"):
+        stage = Prune(
+            criterion=criterion,
+            solver="uniform",
+            target=Target(speedup=1.4),
+            sequence_length=16,
+            reconstruct=False,
+        )
+        shares = {} if analysis is None else analysis.shares
+        analysis = analyse(model, stage, [], 0)
+        analysis.shares = shares
+        plans.append(prune_once(analysis, stage).decision.selection.plan)
+        numbers.append(len(timed))
+    assert plans[0] != plans[1]
+    assert numbers[0] == numbers[1] > 1
+    other = stage.model_copy(update={"target": Target(speedup="1.4x", batch_size=2)})
+    prune_once(analysis, other)
+    assert len(timed) > numbers[1], "of another batch size"
 
 
 def test_corrections_go_on_while_they_help(tiny, machine, monkeypatch):
