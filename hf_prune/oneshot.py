@@ -34,7 +34,7 @@ from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.width import refit_width
 from hf_prune.targets import Chooser, Decision, Shares
 from hf_prune.training.aim import same_on_all_processes
-from hf_prune.training.polish import polish_, with_judges
+from hf_prune.training.polish import polish_
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ def analyse(
     *,
     dense: PreTrainedModel | None = None,
     given: PreTrainedModel | None = None,
+    judges: Sequence[Batch] = (),
 ) -> Analysis:
     """Find the sites of a model, collect what the criterion needs, and rank the units.
 
@@ -114,6 +115,7 @@ def analyse(
         dense: what the re-fit aims at, where `model` itself is no longer dense; a parallel one aims
             at `model` all the same, whose units the plan numbers.
         given: what a floor is measured from, and targets are shares of; `dense`, if not said.
+        judges: of a polish, where the stage has one, from `with_judges`.
 
     Raises:
         ConfigError: when no site is left.
@@ -133,9 +135,6 @@ def analyse(
             f"criterion {stage.criterion!r} looks at what enters one projection, and many read the "
             "hidden width. Use fisher, taylor, or magnitude."
         )
-    judges: Sequence[Batch] = ()
-    if stage.polish_steps:
-        batches, judges = with_judges(model, batches)
     few = first_examples(model, batches, stage.calibration_samples)
     with _timed(seconds, "statistics"):
         statistics = collect(model, sites, few, wanted, seed, stage.projections)

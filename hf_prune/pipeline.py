@@ -19,15 +19,17 @@ from hf_prune.recipe import Prune, Recipe, Stage, Vocabulary, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
 from hf_prune.search.experience import Experience
 from hf_prune.sites import HIDDEN, find_sites
-from hf_prune.split import prune_jointly, prune_weights
-from hf_prune.statistics.batches import Batch, take
+from hf_prune.split import Aim, prune_jointly, prune_weights
+from hf_prune.statistics.batches import Batch, check_enough, main_input, take
 from hf_prune.statistics.example import tokens_up_to
 from hf_prune.statistics.score import check_projections, check_weights
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
 from hf_prune.surgery.vocabulary_stage import narrow_masks, prune_vocabulary_stage, texts_of
+from hf_prune.training.polish import with_judges
 from hf_prune.weights.masks import Masks
-from hf_prune.weights.stage import check_weight_stage, needs_data
+from hf_prune.weights.progress import check_alone
+from hf_prune.weights.stage import check_weight_stage, needs_data, walks
 
 LENGTH = 32
 """Tokens of the sequence whose MACs are counted where no stage says it."""
@@ -59,6 +61,10 @@ def _needs_data(stage: Prune) -> bool:
     statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
     fits = stage.reconstruct or stage.rescale
     return bool(statistics) or fits or stage.search_trials + stage.polish_steps > 0
+
+
+def _keeps_layers(stage: Prune) -> bool:
+    return not stage.structural and walks(stage)
 
 
 def _calibration(
@@ -127,6 +133,18 @@ def _start_report(
     return report
 
 
+def _judged(
+    model: PreTrainedModel, stages: Sequence[Prune], batches: Sequence[Batch]
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Batches for all stages, and those that judge every polish, where there is one."""
+    if not any(stage.polish_steps for stage in stages):
+        return batches, ()
+    fitted, judges = with_judges(model, batches)
+    counts = gather_object([sum(len(main_input(model, batch)) for batch in fitted)])
+    check_enough(sum(counts), max(stage.min_calibration_samples for stage in stages))
+    return fitted, judges
+
+
 @dataclass(frozen=True)
 class _Aids:
     """What helps a search above a floor, and where finished layers of single weights are kept."""
@@ -144,15 +162,20 @@ class _Aids:
                 "metric and experience are for a stage with a floor: leave them out, or write "
                 "floor: {drop: 0.01}."
             )
-        if self.progress is not None and all(stage.structural for stage in stages):
+        if self.progress is None:
+            return
+        if not any(map(_keeps_layers, stages)):
             raise ConfigError(
-                "progress keeps layers of a stage of single weights, units: [weights], and there "
-                "is none: leave it out."
+                "progress keeps layers of a stage of single weights, units: [weights], that runs "
+                "them, and there is none: leave it out."
             )
+        check_alone()
 
-    def folder(self, index: int) -> Path | None:
+    def folder(self, index: int, stage: Prune) -> Path | None:
         """Where the layers of one prune stage are kept."""
-        return None if self.progress is None else Path(self.progress) / f"stage-{index}"
+        if self.progress is None or not _keeps_layers(stage):
+            return None
+        return Path(self.progress) / f"stage-{index}"
 
     def store(self) -> Experience | None:
         """Past searches, if they are kept."""
@@ -170,21 +193,30 @@ def _all_stages(
     """One stage after the other. Re-fits aim at `model`, as long as widths allow it."""
     pruned = aim = model
     plan, masks, store = Plan(model.config.model_type), Masks(), aids.store()
+    batches, judges = _judged(model, recipe.prune_stages, batches)
     for index, stage in enumerate(recipe.prune_stages):
         if stage.joint:
-            both = prune_jointly(pruned, stage, batches, recipe.seed, dense=aim)
+            both = prune_jointly(pruned, stage, batches, recipe.seed, aim=Aim(aim, judges))
             pruned, step, masks, entries = both.model, both.plan, both.masks, both.entries
         elif stage.structural:
             narrows = HIDDEN in stage.units
             goal = pruned if narrows else aim
-            analysis = analyse(pruned, stage, batches, recipe.seed, dense=goal, given=given)
+            analysis = analyse(
+                pruned, stage, batches, recipe.seed, dense=goal, given=given, judges=judges
+            )
             done = prune_once(analysis, stage, aids.metric, store)
             pruned, step, entries = done.model, done.decision.selection.plan, [done.entry]
             aim = copy.deepcopy(pruned) if narrows else aim
         else:
             pruned = copy.deepcopy(model) if pruned is model else pruned
             step, masks, entry = prune_weights(
-                pruned, stage, batches, recipe.seed, masks, aids.folder(index)
+                pruned,
+                stage,
+                batches,
+                recipe.seed,
+                masks,
+                Aim(aim, judges),
+                aids.folder(index, stage),
             )
             entries = [entry]
         plan = plan.then(step)
@@ -251,7 +283,9 @@ def compress(  # noqa: PLR0913  # all but three by name, and each stands alone
         experience: a local file of past searches above a floor, made when it is not there. The
             search starts where that of the most similar model of the same family ended.
         progress: a folder in which finished layers of stages of single weights alone are kept: a
-            run that was broken off goes on there when it is started again.
+            run that was broken off goes on there when it is started again. Stages before them
+            run anew; where one of them was timed and now chooses other widths, the folder is of
+            another run.
         tokenizer: of the model; the result has it. A stage `vocabulary` needs it, and the result
             then has a smaller one.
         texts: what the model is to be used for, where such a stage names no file of them.
@@ -364,8 +398,9 @@ def compress_family(
         raise ConfigError("a family has no size: pass targets=[0.5, {'speedup': '3x'}], or others.")
     stages = tuple(_with_target(stages[0], target) for target in targets)
     batches = _calibration(model, recipe, calibration)
-    analysis = analyse(model, stages[0], batches, recipe.seed)
     report = _start_report(model, recipe, batches)
+    fitted, judges = _judged(model, stages, batches)
+    analysis = analyse(model, stages[0], fitted, recipe.seed, judges=judges)
     results = []
     for stage in stages:
         one = recipe.model_copy(update={"stages": (stage,)})

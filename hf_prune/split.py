@@ -22,7 +22,7 @@ from hf_prune.recipe import Prune, count_to_remove
 from hf_prune.search.judge import Judge
 from hf_prune.statistics.batches import Batch, first_examples
 from hf_prune.surgery.dead import remove_dead_
-from hf_prune.training.polish import polish_, with_judges
+from hf_prune.training.polish import polish_
 from hf_prune.weights.masks import Masks, count_kept
 from hf_prune.weights.stage import find_stage, prune_stage_
 
@@ -38,12 +38,21 @@ MOST = 0.99
 """Of all units no more than this is asked to go."""
 
 
+@dataclass(frozen=True)
+class Aim:
+    """The network that re-fits and a polish come near to, and the examples that judge a polish."""
+
+    dense: PreTrainedModel
+    judges: Sequence[Batch] = ()
+
+
 def prune_weights(
     model: PreTrainedModel,
     stage: Prune,
     batches: Sequence[Batch],
     seed: int,
     masks: Masks,
+    aim: Aim | None = None,
     progress: Path | None = None,
 ) -> tuple[Plan, Masks, dict[str, Any]]:
     """Carry out a stage of single weights on a model, in place.
@@ -54,25 +63,23 @@ def prune_weights(
         batches: calibration batches, of which the stage's `calibration_samples` are read.
         seed: of everything random.
         masks: of earlier stages. Their zeros stay zeros, and count as removed.
+        aim: of a polish, where the stage has one.
         progress: a folder in which finished layers are kept, so that an interrupted run goes on.
 
     Returns:
         What stays, the masks of all stages, and the entry for the report.
 
     Raises:
-        DataError: when there are too few examples to judge a polish with, or what `prune_stage_`
-            raises.
+        DataError: when calibration data is missing.
+        NumericsError: when weights or inputs are not finite.
     """
     batches = first_examples(model, batches, stage.calibration_samples)
-    before, judges = model, list[Batch]()
-    if stage.polish_steps:
-        before = copy.deepcopy(model)
-        batches, judges = with_judges(model, batches)
     result, entry = prune_stage_(model, stage, batches, seed, progress=progress, earlier=masks)
     if progress is not None:
         entry["resumed"] = result.resumed
     if stage.polish_steps:
-        entry["polish"] = polish_(model, before, batches, judges, steps=stage.polish_steps)
+        assert aim is not None  # noqa: S101  # a stage with a polish has one
+        entry["polish"] = polish_(model, aim.dense, batches, aim.judges, steps=stage.polish_steps)
     masks = {**masks, **result.masks}
     dead = Plan(model.config.model_type)
     if stage.single.remove_dead and batches:
@@ -207,7 +214,7 @@ def prune_jointly(
     batches: Sequence[Batch],
     seed: int,
     *,
-    dense: PreTrainedModel,
+    aim: Aim,
 ) -> Both:
     """Carry out a stage in which heads or neurons and single weights share one sparsity.
 
@@ -217,17 +224,14 @@ def prune_jointly(
             `sparsity` are afterwards gone with units, or zero.
         batches: calibration batches, already checked.
         seed: of everything random.
-        dense: what re-fits aim at, and splits are compared with.
+        aim: what re-fits aim at, and splits are compared with.
 
     Raises:
         ConfigError: when no site or no matrix is left.
         DataError: when calibration data is missing, or too little to judge with.
         NumericsError: when a statistic, a score or an input is not finite.
     """
-    judges = list[Batch]()
-    if stage.polish_steps:
-        batches, judges = with_judges(model, batches)
-    analysis = analyse(model, stage.structure_part(0.0), batches, seed, dense=dense)
+    analysis = analyse(model, stage.structure_part(0.0), batches, seed, dense=aim.dense)
     budget = _Budget(analysis, stage)
     start = time.perf_counter()
     share, splits = _search(budget, analysis, stage.search_trials or SPLITS)
@@ -251,6 +255,7 @@ def prune_jointly(
         "seconds": seconds,
     }
     if stage.polish_steps:
-        steps = stage.polish_steps
-        whole["polish"] = polish_(small, dense, analysis.refit_batches, judges, steps=steps)
+        start, data = time.perf_counter(), (analysis.refit_batches, aim.judges)
+        whole["polish"] = polish_(small, aim.dense, *data, steps=stage.polish_steps)
+        seconds["polish"] = time.perf_counter() - start
     return Both(small, plan, masks, [whole, *entries])

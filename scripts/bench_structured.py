@@ -40,6 +40,7 @@ from hf_prune.recipe import Prune, load_recipe
 from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.dense import DenseTargets
 from hf_prune.targets import Shares
+from hf_prune.training.polish import with_judges
 
 AS_IT_IS = ", no re-fit"
 """Ends the names of methods after which nothing is re-fitted, as they were published."""
@@ -156,7 +157,9 @@ def _missing(
             if key in rows:
                 continue
             if (stage.criterion, steps) not in made:
-                made[stage.criterion, steps] = analyse(model, stage, calibration, seed)
+                fitted, judges = with_judges(model, calibration) if steps else (calibration, ())
+                found = analyse(model, stage, fitted, seed, judges=judges)
+                made[stage.criterion, steps] = found
             analysis = made[stage.criterion, steps]
             analysis.targets = targets.get(steps) or analysis.dense_targets()
             targets[steps] = analysis.targets

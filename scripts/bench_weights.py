@@ -14,8 +14,7 @@ from torch import nn
 
 from hf_prune.recipe import RIDGE
 from hf_prune.statistics.batches import one_by_one
-from hf_prune.surgery.dense import set_apart
-from hf_prune.training.polish import polish_
+from hf_prune.training.polish import polish_, with_judges
 from hf_prune.weights.budgets import allot
 from hf_prune.weights.find import find_matrices
 from hf_prune.weights.patterns import parse_pattern
@@ -108,7 +107,7 @@ def add_polished(
     if polished in case.rows:
         return
     model, dense = case.model(), case.model()
-    fitted, judges = set_apart(dense, case.calibration)
+    fitted, judges = with_judges(dense, case.calibration)
     row = prune_copy(model, fitted, level, method, ())
     case.rows.add(f"{key}, judges held out", {"perplexity": perplexity(model, case.test), **row})
     start = time.process_time()

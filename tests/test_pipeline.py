@@ -197,7 +197,7 @@ def test_a_second_compression_composes(tiny, inputs_for):
         ({"sparcity": 0.5}, None, ConfigError, "did you mean 'sparsity'"),
         ({}, [], DataError, "calibration set is empty"),
         ({}, None, DataError, "calibration set is empty"),
-        ({"min_calibration_samples": 99}, "one", DataError, "has 4 examples, fewer than"),
+        ({"min_calibration_samples": 99}, "one", DataError, "has 4 examples to fit to, fewer than"),
         ({"ignore": ["*"]}, "one", ConfigError, "no site is left"),
         ({"criterion": "taylor", "projections": 2}, None, ConfigError, "'taylor' draws none"),
     ],

@@ -13,7 +13,7 @@ from hf_prune.errors import ConfigError, DataError
 from hf_prune.oneshot import analyse
 from hf_prune.recipe import count_to_remove
 from hf_prune.search.judge import Judge
-from hf_prune.split import CLOSE, FIRST, SPLITS, _Budget, prune_jointly, try_splits
+from hf_prune.split import CLOSE, FIRST, SPLITS, Aim, _Budget, prune_jointly, try_splits
 from hf_prune.weights.stage import find_stage
 
 STAGE = {"stage": "prune", "units": ["heads", "neurons", "weights"], "sequence_length": 16}
@@ -228,7 +228,7 @@ def test_the_judge_is_not_fitted(tiny, inputs_for, monkeypatch):
     monkeypatch.setattr("hf_prune.split.prune_stage_", watch)
     monkeypatch.setattr("hf_prune.split.prune_once", watch_units)
     stage = load_recipe({"stages": [{**STAGE, "sparsity": 0.5}]}).prune_stages[0]
-    prune_jointly(model, stage, batches, 0, dense=model)
+    prune_jointly(model, stage, batches, 0, aim=Aim(model))
     assert len(used) >= SPLITS
     assert used[0] == sorted(rows(judge.fitted))
     assert used[-1] == sorted(rows(batches)), "in the end nothing is left out"

@@ -68,7 +68,7 @@ def save_model(
         extra: more text files, by name.
         standalone: save a module beside the weights, so that the model also loads without hf_prune,
             by `trust_remote_code=True`.
-        storage: `dense`, or `bitmask`: of matrices with many zeros only the other values, and one
+        storage: `dense`, or `bitmask`: of weights with many zeros only the other values, and one
             bit for each entry.
 
     Returns:

@@ -142,12 +142,21 @@ def take(
             "the calibration set is empty. Pass batches (dicts of tensors); an iterator can be "
             "consumed only once."
         )
-    if sum(counts) < at_least:
+    check_enough(sum(counts), at_least)
+    return taken
+
+
+def check_enough(examples: int, at_least: int) -> None:
+    """Refuse to calibrate on fewer examples, of all processes, than a recipe asks for.
+
+    Raises:
+        DataError: saying both numbers.
+    """
+    if examples < at_least:
         raise DataError(
-            f"the calibration set has {sum(counts)} examples, fewer than "
+            f"the calibration set has {examples} examples to fit to, fewer than "
             f"min_calibration_samples={at_least}. Pass more batches, or lower it in the recipe."
         )
-    return taken
 
 
 def first_examples(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> list[Batch]:

@@ -70,7 +70,7 @@ def held_out_examples(model: PreTrainedModel, batch: Batch, seed: int = 0) -> Te
 
 
 def set_apart(
-    model: PreTrainedModel, batches: Sequence[Batch], seed: int = 0
+    model: PreTrainedModel, batches: Sequence[Batch], seed: int
 ) -> tuple[list[Batch], list[Batch]]:
     """Batches without the examples that `held_out_examples` draws, and batches of these alone."""
     fitted, judges = list[Batch](), list[Batch]()

@@ -22,6 +22,9 @@ from hf_prune.statistics.logits import Said, divergence, has_head, said
 from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.dense import set_apart
 
+JUDGES = 2
+"""Seed of the examples that judge a polish: others than choose a ridge, or judge a search."""
+
 
 def with_judges(
     model: PreTrainedModel, batches: Sequence[Batch]
@@ -32,7 +35,7 @@ def with_judges(
         DataError: when the model gives no logits; and, on every process, when one of them has
             nothing to fit to, or none of them a judge.
     """
-    fitted, judges = set_apart(model, batches)
+    fitted, judges = set_apart(model, batches, JUDGES)
     found = torch.tensor([float(not fitted), float(len(judges))], device=model.device)
     empty, judging = sum_over_processes(found).tolist()
     if empty or not judging:
@@ -84,7 +87,8 @@ def _train(
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for step in range(steps):
         loss, rows = _divergence(model, dense, batches[step % len(batches)])
-        if rows and not bool(torch.isfinite(loss)):
+        wrong = torch.tensor(float(not torch.isfinite(loss)), device=loss.device)
+        if bool(sum_over_processes(wrong)):
             raise NumericsError(f"the loss of step {step} of a polish is not finite.")
         gradients = torch.autograd.grad(loss * rows, vectors, allow_unused=True)
         count = sum_over_processes(torch.tensor(float(rows), device=loss.device)).clamp(min=1)
@@ -110,7 +114,7 @@ def polish_(
 
     Args:
         model: pruned; run in eval mode and left in the mode it was in.
-        dense: what it was before.
+        dense: what it should say.
         batches: one batch a step, again and again. Labels are not used, and padding is never
             counted.
         judges: batches of other examples, to which nothing was fitted, as `with_judges` gives them.

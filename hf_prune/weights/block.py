@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.moments import Moments, same_on_all
-from hf_prune.weights.find import Matrix, set_values_
+from hf_prune.weights.find import PROJECTIONS, Matrix, set_values_
 from hf_prune.weights.inputs import Trace, main_tensor, never_ran, real_rows, traced
 from hf_prune.weights.parts import merged
 from hf_prune.weights.problem import Fit, Options, Subject, solve
@@ -219,7 +219,11 @@ def _bias(block: Block, matrix: Matrix, group: int) -> Tensor | None:
     if matrix.others:
         return None
     module = block.pruned.get_submodule(block.local(matrix.owner))
-    key = matrix.name.rpartition(".")[2].replace("weight", "bias")
+    key = matrix.name.rpartition(".")[2]
+    if key in PROJECTIONS:  # their biases are parts of one
+        whole = module.in_proj_bias
+        return whole.data.chunk(3)[PROJECTIONS.index(key)] if isinstance(whole, Tensor) else None
+    key = key.replace("weight", "bias")
     key = f"{key}_bias" if matrix.kind == "experts" else key
     bias = getattr(module, key, None)
     if not isinstance(bias, Tensor):

@@ -269,6 +269,8 @@ def allot(
 ) -> Removed:
     """Entries to remove from each matrix, in all exactly what `sparsity` asks for.
 
+    Under `n:m` that is what n of m removes everywhere, or a little more where matrices differ in n.
+
     Each matrix (expert, group of a convolution) keeps one block or weight at least, so that less
     may go than was asked for.
 

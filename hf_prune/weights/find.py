@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import ConfigError
@@ -20,6 +19,8 @@ from hf_prune.recipe import Names, did_you_mean
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Names of the matrices of torch's attention where queries, keys and values differ in width."""
 EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """Names under which transformers packs the matrices of all experts of a layer, `[X, R, C]`."""
 
@@ -94,7 +95,7 @@ def _experts(prefix: str, module: nn.Module) -> Iterator[Matrix]:
 
 def _attention(prefix: str, module: nn.MultiheadAttention) -> Iterator[Matrix]:
     """The matrices with which torch's attention computes by itself: its submodule never runs."""
-    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+    names = ("in_proj_weight", *PROJECTIONS, "out_proj.weight")
     parameters = dict(module.named_parameters())
     for key in (name for name in names if name in parameters):
         groups = 3 if key == "in_proj_weight" else 1
@@ -107,8 +108,6 @@ def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]
     plain = "weight" in module._parameters  # not one that is computed, as under weight norm
     if isinstance(module, nn.MultiheadAttention):
         yield from _attention(prefix, module)
-    elif isinstance(module, NonDynamicallyQuantizableLinear):
-        return  # the output projection of such an attention
     elif isinstance(module, nn.Linear) and plain:
         yield Matrix(name, prefix, "linear", module.weight)
     elif isinstance(module, Conv1D):
@@ -147,8 +146,11 @@ def _by_parameter(model: nn.Module, *, embeddings: bool) -> dict[int, _Named]:
     embedded: set[int] = set()
     if not embeddings:
         embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     found: dict[int, _Named] = {}
     for prefix, module in model.named_modules():
+        if module in inside:  # which never runs: its attention computes with its matrix
+            continue
         for matrix in _of(prefix, module, embeddings=embeddings):
             if id(matrix.parameter) not in embedded:
                 found.setdefault(id(matrix.parameter), []).append((matrix, module))

@@ -14,7 +14,7 @@ from hf_prune.statistics.collect import SEED_STEP, sum_over_processes
 from hf_prune.statistics.projection import project_output
 from hf_prune.statistics.streams import in_eval, in_order
 from hf_prune.weights.find import Matrix
-from hf_prune.weights.inputs import never_ran
+from hf_prune.weights.inputs import modules_that_run, never_ran
 from hf_prune.weights.walk import Inputs, call_model
 
 
@@ -110,7 +110,12 @@ def gradient_scores(
     first_order = criterion == "sensitivity"
     names = list(dict.fromkeys(n for m in matrices for n in (m.module, *m.others)))
     turns = range(1 if first_order else projections)
-    with in_eval(model), differentiable(parameters), in_order(model, names) as ran:
+    with (
+        in_eval(model),
+        modules_that_run(),
+        differentiable(parameters),
+        in_order(model, names) as ran,
+    ):
         for (index, batch), turn in itertools.product(enumerate(batches), turns):
             own = seed + turn * SEED_STEP
             with torch.enable_grad():

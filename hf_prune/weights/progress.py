@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, ConfigError
 
 
 def digest_of(values: Iterable[Any]) -> str:
@@ -32,6 +33,16 @@ def digest_of(values: Iterable[Any]) -> str:
         else:
             digest.update(f"{value}\n".encode())
     return digest.hexdigest()
+
+
+def check_alone() -> None:
+    """Refuse to keep progress of several processes.
+
+    Raises:
+        ConfigError: when there are some.
+    """
+    if PartialState().num_processes > 1:
+        raise ConfigError("progress is kept on one process: leave it out on several.")
 
 
 @dataclass(frozen=True)

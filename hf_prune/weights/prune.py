@@ -133,7 +133,7 @@ class _Layer:
 
 def _touched(model: nn.Module, matrices: Sequence[Matrix], masks: Masks) -> dict[str, Tensor]:
     """What a layer's file must hold: its pruned matrices, all its vectors, and the masks."""
-    prefixes = tuple({matrix.module for matrix in matrices})
+    prefixes = {name for matrix in matrices for name in (matrix.module, matrix.owner)}
     found = {n: p.data for n, p in model.named_parameters() if n.rpartition(".")[0] in prefixes}
     return found | {f"mask:{m.name}": masks[m.name] for m in matrices}
 

@@ -15,7 +15,7 @@ from torch.nn.functional import linear, pad
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.streams import Call
-from hf_prune.weights.find import Matrix, is_transposed
+from hf_prune.weights.find import PROJECTIONS, Matrix, is_transposed
 from hf_prune.weights.inputs import main_tensor, real_rows
 
 ROUTING = ("top_k_index", "router_indices")
@@ -116,7 +116,8 @@ def _attended(
 ) -> list[Tensor]:
     """What a matrix of torch's attention is multiplied with, `[tokens, C]`: for each of its groups.
 
-    Padding is told by an attention mask, or by the `key_padding_mask` of the call.
+    Padding of keys and values is told by the `key_padding_mask` of the call, or else by `mask`; of
+    queries by `mask`, or else by that of the keys, where they are as many.
     """
     inputs = [_argument(call, i, name) for i, name in enumerate(("query", "key", "value"))]
     padding = _argument(call, 3, "key_padding_mask")  # [B, T], True or -inf where padded
@@ -124,22 +125,23 @@ def _attended(
     if padding is not None:
         keys = ~padding if padding.dtype == torch.bool else padding == 0
 
-    def rows(value: Tensor, source: Tensor) -> Tensor:
-        padded = any(source is item for item in inputs[1:])
+    def rows(value: Tensor, real: Tensor | None) -> Tensor:
         if value.ndim == 3 and not module.batch_first:
             value = value.transpose(0, 1)  # [T, B, C] -> [B, T, C]
-        return real_rows(value, keys if padded and mask is None else mask)
+        return real_rows(value, real)
+
+    queries, sources = (keys if mask is None else mask), (mask if keys is None else keys)
 
     if key != "out_proj.weight":
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        taken = inputs if key == "in_proj_weight" else [inputs[names.index(key)]]
-        return [rows(value, value) for value in taken]
+        seen = list(zip(inputs, (queries, sources, sources), strict=True))
+        taken = seen if key == "in_proj_weight" else [seen[PROJECTIONS.index(key)]]
+        return [rows(*pair) for pair in taken]
     width = module.embed_dim
     bare = {"out_proj.weight": torch.eye(width).to(module.out_proj.weight)}
     if module.out_proj.bias is not None:
         bare["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
     heads = torch.func.functional_call(module, bare, call.args, call.kwargs)[0]
-    return [rows(heads, inputs[0])]
+    return [rows(heads, queries)]
 
 
 def _not_followed(matrix: Matrix, module: nn.Module) -> str | None:

@@ -13,7 +13,14 @@ from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.statistics.streams import in_eval
 from hf_prune.weights.find import CONVOLUTIONS, Matrix
 from hf_prune.weights.gradients import differentiable, projected
-from hf_prune.weights.inputs import Trace, main_tensor, never_ran, real_rows, traced
+from hf_prune.weights.inputs import (
+    Trace,
+    main_tensor,
+    modules_that_run,
+    never_ran,
+    real_rows,
+    traced,
+)
 from hf_prune.weights.rows import rows_of
 from hf_prune.weights.walk import Inputs, Real, real_tokens
 
@@ -24,7 +31,10 @@ class Sensitivity:
 
     `grams` are `E[x x^T]` for each group, `[C, C]`. By `weights` the squared error of the outputs
     of each group counts, its mean over tokens: the sum over all tokens of the mean square of the
-    gradient with respect to one output. An expert has the share of the tokens that it gets.
+    gradient with respect to one output. An expert has the share of the tokens that it gets. What
+    torch's attention makes of queries, keys and values is no output of a module: there the sum is
+    that of the square of the gradient with respect to the matrix, over the mean square of the
+    input, as if tokens were felt independently of each other.
     """
 
     grams: list[Tensor]
@@ -95,6 +105,11 @@ def _holders(matrix: Matrix) -> tuple[str, ...]:
     return (matrix.module, *matrix.others)
 
 
+def _within(matrix: Matrix) -> bool:
+    """Whether a matrix gives what its module does not show: queries, keys or values."""
+    return matrix.kind == "attention" and matrix.owner == matrix.module
+
+
 def _add_sources(
     sources: dict[str, Matrix], model: nn.Module, matrices: Sequence[Matrix], trace: Trace
 ) -> None:
@@ -125,6 +140,8 @@ class _Felt:
     tokens: dict[str, int] = field(default_factory=dict)
     sums: dict[str, _Sums] = field(default_factory=dict)
     sources: dict[str, Matrix] = field(default_factory=dict)
+    inner: dict[str, Tensor] = field(default_factory=dict)
+    """Of matrices whose outputs no module gives: squares of their gradients, for each group."""
 
     @property
     def names(self) -> list[str]:
@@ -141,9 +158,14 @@ class _Felt:
         ):
             value = projected(self.model, batch, seed, index)
         _add_sources(self.sources, self.model, self.matrices, trace)
-        outputs = [output for _, output in found]
+        inner = [matrix for matrix in self.matrices if _within(matrix)]
+        outputs = [output for _, output in found] + [matrix.parameter for matrix in inner]
         gradients = torch.autograd.grad(value, outputs, allow_unused=True)
-        for (name, _), gradient in zip(found, gradients, strict=True):
+        for matrix, gradient in zip(inner, gradients[len(found) :], strict=True):
+            if gradient is not None:
+                squares = matrix.view(gradient).double().square().sum(dim=(1, 2))  # [groups]
+                self.inner[matrix.name] = self.inner.get(matrix.name, 0.0) + squares
+        for (name, _), gradient in zip(found, gradients[: len(found)], strict=True):
             if gradient is not None:
                 energy = _energy(self.model.get_submodule(name), gradient)
                 self.energy[name] = self.energy.get(name, 0.0) + energy
@@ -157,6 +179,14 @@ class _Felt:
                 for call in trace.calls.get(name, ()):
                     parts = rows_of(matrix, module, call, real.of(name))
                     self.sums.setdefault(matrix.name, _Sums()).add(parts)
+
+    def _felt_within(self, matrix: Matrix, grams: Sequence[Tensor]) -> list[float]:
+        """By gradients of the matrix itself, for each group; of one output, as all others."""
+        groups, rows, _ = matrix.view(matrix.parameter).shape
+        none = torch.zeros(groups, dtype=torch.float64, device=matrix.parameter.device)
+        squares = sum_over_processes(self.inner.get(matrix.name, none)).tolist()
+        inputs = [max(float(gram.diagonal().sum()), 1e-30) for gram in grams]
+        return [square / x / rows for square, x in zip(squares, inputs, strict=True)]
 
     def result(self) -> dict[str, Sensitivity]:
         """What is known of each matrix over all processes."""
@@ -173,7 +203,10 @@ class _Felt:
             grams, counts = known[self.sources[matrix.name].name]
             value, rows = (sum(whole[n][i] for n in _holders(matrix)) for i in (0, 1))
             shares = [n / max(rows, 1.0) if matrix.kind == "experts" else 1.0 for n in counts]
-            result[matrix.name] = Sensitivity(grams, [value * share for share in shares])
+            felt_by = [value * share for share in shares]
+            if _within(matrix):
+                felt_by = self._felt_within(matrix, grams)
+            result[matrix.name] = Sensitivity(grams, felt_by)
         return result
 
 
@@ -193,7 +226,11 @@ def measure_sensitivity(
     if not batches:
         raise DataError("this budget needs calibration batches: it reads inputs and gradients.")
     felt = _Felt(model, matrices)
-    with in_eval(model), differentiable([matrix.parameter for matrix in matrices]):
+    with (
+        in_eval(model),
+        modules_that_run(),
+        differentiable([matrix.parameter for matrix in matrices]),
+    ):
         for index, (batch, real) in enumerate(
             zip(batches, real_tokens(model, batches), strict=True)
         ):

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError, NumericsError
 from hf_prune.recipe import RIDGE, Prune, did_you_mean, explain
-from hf_prune.weights.budgets import BUDGETS, Removed, allot
+from hf_prune.weights.budgets import BUDGETS, OUTLIER_RANGE, Removed, allot
 from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
 from hf_prune.weights.patterns import Pattern, parse_pattern
 from hf_prune.weights.problem import CRITERIA, DATA_FREE, GRADIENTS, Options, data_free_scores
-from hf_prune.weights.progress import Progress, digest_of
+from hf_prune.weights.progress import Progress, check_alone, digest_of
 from hf_prune.weights.prune import Pruned, prune_weights_
 from hf_prune.weights.rows import check_followed
+from hf_prune.weights.solvers import SOLVERS
 from hf_prune.weights.walk import Inputs
 
 DECODER_RIDGE = 1e-1
@@ -59,12 +59,29 @@ def check_weight_stage(stage: Prune) -> None:
             "outliers or knapsack, with which matrices differ in how many of "
             f"{pattern.second} stay."
         )
+    _check_levels(stage, pattern)
     if stage.solver == "global" and stage.single.rank == "row":
         raise ConfigError("solver 'global' is one ranking of all matrices: leave rank: row out.")
     if stage.solver == "global" and stage.criterion not in (*DATA_FREE, *GRADIENTS):
         raise ConfigError(
             f"criterion {stage.criterion!r} compares weights within a matrix only, so that solver "
             "'global' has no common unit. Use uniform, outliers or knapsack."
+        )
+
+
+def _check_levels(stage: Prune, pattern: Pattern) -> None:
+    """Refuse budgets that could give every matrix only the same n of `n:m`."""
+    if pattern.kind != "n:m" or stage.solver not in MEASURED:
+        return
+    if pattern.first == 1:
+        raise ConfigError(
+            f"pattern {pattern}: no matrix can keep less, so that none can keep more. Use "
+            f"solver: uniform, or 2:{2 * pattern.second}."
+        )
+    if stage.solver == "outliers" and pattern.second * OUTLIER_RANGE < 0.5:
+        raise ConfigError(
+            f"solver 'outliers' moves sparsities by {OUTLIER_RANGE:g} at most, which is less than "
+            f"half a step of {pattern}: use knapsack, or n of 8 and more."
         )
 
 
@@ -83,15 +100,15 @@ def _check_nothing_ignored(stage: Prune) -> None:
         )
 
 
+def walks(stage: Prune) -> bool:
+    """Whether a stage of single weights runs the layers that it prunes."""
+    return stage.criterion in SOLVERS or stage.reconstruct or stage.single.dense_target
+
+
 def needs_data(stage: Prune) -> bool:
     """Whether a stage of single weights reads calibration batches."""
-    return (
-        stage.criterion not in DATA_FREE
-        or stage.reconstruct
-        or stage.single.dense_target
-        or stage.polish_steps > 0
-        or stage.solver in MEASURED
-    )
+    reads = stage.criterion in GRADIENTS or stage.solver in MEASURED
+    return walks(stage) or reads or stage.polish_steps > 0
 
 
 def _generates(model: nn.Module) -> bool:
@@ -174,8 +191,7 @@ def _progress(
     """Where finished layers are kept, and what the run is: module, stage, data and seed."""
     if folder is None:
         return None
-    if PartialState().num_processes > 1:
-        raise ConfigError("progress is kept on one process: leave it out on several.")
+    check_alone()
     return Progress(
         folder, digest_of([stage.model_dump_json(), seed, module.state_dict(), *batches])
     )
@@ -228,7 +244,7 @@ def prune_stage_(
     )
     total = sum(mask.numel() for mask in result.masks.values())
     gone = total - sum(int(mask.sum()) for mask in result.masks.values())
-    entry = {
+    entry: dict[str, Any] = {
         "kind": "weights",
         "criterion": stage.criterion,
         "pattern": str(options.pattern),
@@ -238,7 +254,17 @@ def prune_stage_(
         "sparsity": gone / total,
         "mean_relative_error": _mean(list(result.errors.values())),
     }
+    if options.pattern.kind == "n:m" and stage.solver != "uniform":
+        entry["kept_of_m"] = {
+            m.name: options.pattern.at(removed[m.name][0], _shape(m)).first for m in matrices
+        }
     return result, entry
+
+
+def _shape(matrix: Matrix) -> tuple[int, int]:
+    """`[R, C]` of each group."""
+    _, rows, columns = matrix.view(matrix.parameter).shape
+    return rows, columns
 
 
 def sparsify_(

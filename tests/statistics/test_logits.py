@@ -14,8 +14,7 @@ from hf_prune.sites import find_sites
 from hf_prune.statistics.collect import collect
 from hf_prune.statistics.logits import Said, centred, divergence, kind_of, said
 from hf_prune.statistics.projection import project_logits
-from hf_prune.surgery.dense import set_apart
-from hf_prune.training.polish import polish_
+from hf_prune.training.polish import polish_, with_judges
 from hf_prune.weights.find import find_weights
 from hf_prune.weights.masks import apply_masks_, magnitude_masks
 
@@ -167,6 +166,6 @@ def test_a_polish_comes_nearer(task, batches, name):
     dense = task(name)
     model = copy.deepcopy(dense)
     apply_masks_(model, magnitude_masks(find_weights(model), 0.6))
-    found = polish_(model, dense, *set_apart(dense, batches(4)), steps=24, learning_rate=5e-3)
+    found = polish_(model, dense, *with_judges(dense, batches(6)), steps=36, learning_rate=2e-3)
     assert found["kept"]
     assert 0 < found["after"] < found["before"]

@@ -1,5 +1,6 @@
 """Budgets remove exactly what is asked, and put it where their rule says."""
 
+import copy
 import itertools
 
 import pytest
@@ -115,18 +116,44 @@ def test_matrices_differ_in_how_many_of_m_stay(solver, way, tiny, inputs_for):
     model, fields = tiny("llama"), WAYS[way]
     weights = {**fields.get("weights", {}), "pattern": "4:8"}
     told = Prune(units=("weights",), solver=solver, **{**fields, "weights": weights})
-    masks = prune_stage_(model, told, [inputs_for("llama")], 0)[0].masks
-    found = set()
+    result, entry = prune_stage_(model, told, [inputs_for("llama")], 0)
+    masks, found = result.masks, set()
     for name, mask in masks.items():
         rows, columns = mask.shape
         each = mask.view(rows, columns // 8, 8).sum(dim=-1)
         assert int(each.min()) == int(each.max()) > 0, name
         assert not model.get_parameter(name)[~mask].any()
+        assert entry["kept_of_m"][name] == int(each.max())
         found.add(int(each.max()))
     total = sum(mask.numel() for mask in masks.values())
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert len(found) > 1
     assert total * 0.45 < kept <= total // 2
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+def test_what_attention_makes_inside_is_felt_as_it_is():
+    """Queries, keys and values count by what they change, and not as if they were the output."""
+    torch.manual_seed(0)
+    model = Attention().eval()
+    inputs = torch.randn(16, 12, 6) @ torch.randn(6, 32)
+    with torch.no_grad():
+        wanted = model(inputs)
+    lost = {}
+    for solver in ("uniform", "knapsack"):
+        pruned = copy.deepcopy(model)
+        sparsify_(pruned, [inputs], sparsity=0.5, solver=solver)
+        with torch.no_grad():
+            lost[solver] = float((pruned(inputs) - wanted).square().mean())
+    assert lost["knapsack"] < 0.3 * lost["uniform"]
 
 
 def test_the_knapsack_of_n_of_m_is_the_best(tiny, inputs_for):
@@ -508,6 +535,14 @@ def test_ranks_by_row_where_models_generate(tiny, inputs_for):
         (
             {"weights": {"pattern": "2:4"}, "solver": "global", "criterion": "magnitude"},
             "pattern 2:4 ranks neighbours, and solver 'global' all weights",
+        ),
+        (
+            {"weights": {"pattern": "2:4"}, "sparsity": None, "solver": "outliers"},
+            r"moves sparsities by 0\.08 at most, .* half a step of 2:4",
+        ),
+        (
+            {"weights": {"pattern": "1:4"}, "sparsity": None, "solver": "knapsack"},
+            "1:4: no matrix can keep less, .* or 2:8",
         ),
         ({"weights": {"pattern": "5:4"}}, "keeps 5 of 4"),
         ({"projections": 2}, "projections=2: criterion 'admm' draws none"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_prune import sparsify_
@@ -132,6 +133,13 @@ def test_strides_that_have_no_view(criterion):
         results.append(model)
     for ours, theirs in zip(results[0].parameters(), results[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_projection_of_attention_is_found_once_and_others_of_its_class_too():
+    attention = nn.MultiheadAttention(8, 2)
+    plain = NonDynamicallyQuantizableLinear(4, 4)
+    names = [m.name for m in find_matrices(nn.ModuleList([attention, plain]))]
+    assert names == ["0.in_proj_weight", "0.out_proj.weight", "1.weight"]
 
 
 def test_packed_experts():

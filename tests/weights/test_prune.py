@@ -357,8 +357,14 @@ def test_a_compression_goes_on_at_the_layer_that_it_had_reached(
     pairs = zip(again.model.named_parameters(), whole.model.parameters(), strict=True)
     for (key, ours), theirs in pairs:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=key)
-    with pytest.raises(ConfigError, match="keeps layers of a stage of single weights"):
-        compress(tiny("llama"), {"stages": [units]}, batches, **told)
+    plain = {"criterion": "magnitude", "reconstruct": False, "weights": {"dense_target": False}}
+    light = {**recipe["stages"][1], "sparsity": 0.6, **plain}
+    for stages in ([units], [units, light]):
+        with pytest.raises(ConfigError, match="keeps layers of a stage of single weights"):
+            compress(tiny("llama"), {"stages": stages}, batches, **told)
+    mixed = {"stages": [*recipe["stages"], light]}
+    entries = compress(tiny("llama"), mixed, batches, progress=tmp_path / "other").report["pruning"]
+    assert ["resumed" in entry for entry in entries] == [False, True, False]
 
 
 def test_pruning_by_norms_goes_on_too(tiny, inputs_for, tmp_path, monkeypatch):
@@ -516,8 +522,58 @@ def test_attention_that_computes_inside(way):
             if "layers.0" in name:
                 torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
     assert torch.backends.mha.get_fastpath_enabled()
-    skipped = sparsify_(copy.deepcopy(dense), batches, sparsity=0.5, ignore=["*out_proj"])
-    assert len(skipped.masks) == 6
+    skipped = copy.deepcopy(dense).requires_grad_(False)
+    told = {"sparsity": 0.5, "ignore": ["*layers.0*", "*out_proj"], **fields}
+    assert len(sparsify_(skipped, batches, **told).masks) == 3
+
+
+def test_biases_of_queries_keys_and_values_of_other_widths_are_fitted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 2, kdim=6, vdim=10, batch_first=True)
+
+        def forward(self, query, key, value):
+            return self.inner(query, key, value, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model = Net()
+    batch = tuple(torch.randn(8, 5, width) + 2 for width in (16, 6, 10))
+    before = model.inner.in_proj_bias.detach().clone()
+    assert len(sparsify_(model, [batch], sparsity=0.5).masks) == 4
+    moved = (model.inner.in_proj_bias - before).abs().view(3, 16)
+    assert (moved.mean(dim=1) > 0.01).all()
+
+
+class Mixing(nn.Module):
+    """A part of a layer with torch's attention behind it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.dense = part, part.dense
+        self.attention = nn.MultiheadAttention(part.dense.out_features, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.part(x)
+        return y + self.attention(y, y, y, need_weights=False)[0]
+
+
+def test_progress_keeps_all_that_attention_became(tiny, inputs_for, tmp_path):
+    def make():
+        model = tiny("bert")
+        torch.manual_seed(0)
+        for layer in model.bert.encoder.layer:
+            layer.intermediate = Mixing(layer.intermediate)
+        return model
+
+    told = {"sparsity": 0.5, "progress": tmp_path / "state"}
+    batches, models = [inputs_for("bert", seed) for seed in range(2)], (make(), make())
+    first, second = (sparsify_(model, batches, **told) for model in models)
+    assert (len(first.resumed), len(second.resumed)) == (0, 2)
+    for (key, ours), theirs in zip(
+        models[1].named_parameters(), models[0].parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=key)
 
 
 def test_what_no_batch_runs_is_named():

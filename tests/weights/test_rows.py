@@ -120,6 +120,27 @@ def test_experts_that_are_not_told_their_tokens_are_refused_first(ignore):
     assert not (model.model.layers[0].self_attn.q_proj.weight != 0).all()
 
 
+def test_padding_of_attention_that_computes_inside():
+    """That of keys is told by the call, that of queries by a mask, or by keys that are as many."""
+    module = nn.MultiheadAttention(16, 2, batch_first=True)
+    query, key = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    padding = torch.arange(7) >= torch.tensor([[3], [4]])
+    real = torch.arange(5) < torch.tensor([[5], [1]])
+    matrices = find_matrices(module)
+
+    def counts(call, mask):
+        return [len(part) for m in matrices for part in rows_of(m, module, call, mask)]
+
+    told = {"key_padding_mask": padding}
+    assert counts(Call((query, key, key), told), None) == [10, 7, 7, 10]
+    assert counts(Call((query, key, key), told), real) == [6, 7, 7, 6]
+    moved = key + torch.randn(7, 16)  # as where positions are added to queries and keys
+    assert counts(Call((moved, moved.clone(), key), told), None) == [7, 7, 7, 7]
+    floats = {"key_padding_mask": torch.zeros(2, 7).masked_fill(padding, -torch.inf)}
+    assert counts(Call((key, key, key), floats), None) == [7, 7, 7, 7]
+    assert counts(Call((query, query, query), {}), real) == [6, 6, 6, 6]
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(
     "fields", [{}, {"bias": False}, {"kdim": 6, "vdim": 10}, {"add_zero_attn": True}], ids=str
