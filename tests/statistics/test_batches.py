@@ -44,7 +44,7 @@ def test_empty(tiny, batches):
 
 
 def test_too_few(tiny, inputs_for):
-    with pytest.raises(DataError, match="has 4 examples to fit to, fewer than min_calibration_samples=8"):
+    with pytest.raises(DataError, match="has 4 examples to fit to, fewer than min_calib"):
         take(tiny("bert"), [inputs_for("bert")], at_least=8, at_most=512)
 
 
