@@ -27,6 +27,7 @@ from hf_prune.sites import HIDDEN, Site, find_sites
 from hf_prune.statistics.batches import Batch, first_examples
 from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect, sum_over_processes
 from hf_prune.statistics.processes import of_the_main_process
+from hf_prune.statistics.ridge import ridge_of
 from hf_prune.statistics.score import score
 from hf_prune.surgery.dense import DenseTargets, dense_targets
 from hf_prune.surgery.reconstruct import refit_as_asked
@@ -171,7 +172,7 @@ def carry_out(analysis: Analysis, decision: Decision, stage: Prune) -> Pruned:
             if hidden is None:
                 fitted = refit_as_asked(model, targets, stage, decision.selection.plan)
             elif hidden.removed:
-                fitted = refit_width(model, targets, hidden.kept, ridge=stage.pull)
+                fitted = refit_width(model, targets, hidden.kept, ridge=ridge_of(model, stage))
     entry = {
         "kind": "structure",
         **decision.to_dict(),

@@ -10,6 +10,9 @@ from typing import Any
 
 from hf_prune.report.result import environment
 
+LIGHT = ", ridge 0.01"
+"""Ends the names of rows with the ridge of encoders in the place of that of decoders."""
+
 
 def commit() -> str:
     """Of the code that runs, with a plus where files differ from it; empty where git is not."""

@@ -24,7 +24,7 @@ from bench_models import (
     text_case,
     text_options,
 )
-from bench_rows import Rows, peak_bytes
+from bench_rows import LIGHT, Rows, peak_bytes
 from packaged import rotten_tomatoes
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,7 +36,7 @@ from transformers import (
 from hf_prune.measure.counts import count_encoder_parameters, count_parameters
 from hf_prune.measure.latency import compare_latency
 from hf_prune.oneshot import Analysis, analyse, prune_once
-from hf_prune.recipe import Prune, load_recipe
+from hf_prune.recipe import RIDGE, Prune, load_recipe
 from hf_prune.statistics.example import example_batch
 from hf_prune.surgery.dense import DenseTargets
 from hf_prune.targets import Shares
@@ -115,6 +115,7 @@ TOKENS = 64
 
 def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
     """The stage of a method and a goal, checked as a recipe is."""
+    light, method = method.endswith(LIGHT), method.removesuffix(LIGHT)
     criterion, solver = METHODS[method]
     data = {
         "stage": "prune",
@@ -127,6 +128,7 @@ def prune_stage(method: str, goal: dict[str, Any], **options: Any) -> Prune:
         "reconstruct": not method.endswith(AS_IT_IS),
         "search_trials": TRIALS if method.endswith(SEARCHED) else 0,
         "polish_steps": STEPS if method.endswith(POLISHED) else 0,
+        **({"ridge": RIDGE} if light else {}),
         **goal,
         **options,
     }

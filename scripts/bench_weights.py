@@ -9,18 +9,18 @@ from typing import Any
 
 import click
 from bench_models import LanguageCase, language_case, language_options, perplexity
-from bench_rows import peak_bytes
+from bench_rows import LIGHT, peak_bytes
 from torch import nn
 
 from hf_prune.recipe import RIDGE
 from hf_prune.statistics.batches import one_by_one
+from hf_prune.statistics.ridge import DECODER_RIDGE
 from hf_prune.training.polish import polish_, with_judges
 from hf_prune.weights.budgets import allot
 from hf_prune.weights.find import find_matrices
 from hf_prune.weights.patterns import parse_pattern
 from hf_prune.weights.problem import Options
 from hf_prune.weights.prune import prune_weights_
-from hf_prune.weights.stage import DECODER_RIDGE
 
 METHODS: dict[str, dict[str, Any]] = {
     "admm": {"criterion": "admm", "dense_target": True, "refit_steps": 10},
@@ -37,8 +37,6 @@ METHODS: dict[str, dict[str, Any]] = {
 """What is compared, best first, so that an interrupted run has the most telling rows."""
 KNAPSACK = {"admm, knapsack": {"budget": "knapsack", **METHODS["admm"]}}
 """The default with budgets by layer errors, for one more backward pass."""
-LIGHT = ", ridge 0.01"
-"""Ends the names of rows with the ridge of encoders in the place of that of decoders."""
 ORDER = ("2:4", "0.7", "0.5", "0.6", "4:8")
 
 

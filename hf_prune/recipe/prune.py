@@ -105,8 +105,8 @@ class Prune(Model):
     ridge: float | None = Field(default=None, gt=0)
     """Pull of the re-fit to the old weights, relative to the Gram matrix's mean diagonal. Held-out
     examples choose between a tenth of it, itself and ten times it; single weights take it as it is.
-    If not given, 0.01; for single weights of models that generate, fitted to the dense network,
-    0.1, where that was measured to be better: less of it fits the calibration text too closely."""
+    If not given, 0.01; for models that generate 0.1, where heads and neurons are fitted in sequence
+    or single weights to the dense network: less of it fits the calibration text too closely."""
     reconstruction_samples: int | None = Field(default=None, ge=1)
     """Examples for the re-fit of heads and neurons; as many as `calibration_samples`, if not given.
     More help from about 85 % sparsity on."""
@@ -314,11 +314,6 @@ class Prune(Model):
         """The sparsity that an n:m pattern has by itself."""
         kept, colon, of = self.single.pattern.partition(":")
         return 1 - int(kept) / int(of) if colon and int(kept) < int(of) else None
-
-    @property
-    def pull(self) -> float:
-        """The ridge of the re-fit of heads and neurons."""
-        return RIDGE if self.ridge is None else self.ridge
 
     @property
     def structural(self) -> bool:

@@ -45,6 +45,7 @@ from hf_prune.statistics.moments import (
     rescaled,
     solve_towards,
 )
+from hf_prune.statistics.ridge import ridge_of
 from hf_prune.statistics.streams import (
     Seen,
     Stream,
@@ -318,7 +319,7 @@ def refit_as_asked(
     return refit(
         model,
         targets,
-        ridge=stage.pull,
+        ridge=ridge_of(model, stage),
         changed=changed,
         kept=plan if parallel else None,
         rescale=stage.rescale,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError, NumericsError
-from hf_prune.recipe import RIDGE, Prune, did_you_mean, explain
+from hf_prune.recipe import Prune, did_you_mean, explain
+from hf_prune.statistics.ridge import generates, ridge_of
 from hf_prune.weights.budgets import BUDGETS, OUTLIER_RANGE, Removed, allot
 from hf_prune.weights.find import Matrix, find_matrices
 from hf_prune.weights.gradients import gradient_scores
@@ -24,9 +24,6 @@ from hf_prune.weights.rows import check_followed
 from hf_prune.weights.solvers import SOLVERS
 from hf_prune.weights.walk import Inputs
 
-DECODER_RIDGE = 1e-1
-"""Default of `ridge` for models that generate, where the dense network is aimed at: SmolLM2-135M at
-2:4 gives 46.9 with it, and 49.0 with the 0.01 that encoders want (perplexity, 16,384 tokens)."""
 MEASURED = ("outliers", "knapsack")
 """Solvers that read calibration batches."""
 BY_SIZE = ("magnitude_sigma", "magnitude")
@@ -111,25 +108,11 @@ def needs_data(stage: Prune) -> bool:
     return walks(stage) or reads or stage.polish_steps > 0
 
 
-def _generates(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) and bool(model.can_generate())
-
-
-def _ridge(model: nn.Module, stage: Prune) -> float:
-    """What the stage says; else more for models that generate, where the dense network is aimed at.
-
-    Such a fit also repairs what earlier layers lost, and can learn the calibration text by heart.
-    """
-    if stage.ridge is not None:
-        return stage.ridge
-    return DECODER_RIDGE if _generates(model) and stage.single.dense_target else RIDGE
-
-
 def _pattern(model: nn.Module, stage: Prune) -> Pattern:
     """With `rank: auto` in rows of models that generate, but for one ranking, or a threshold."""
     rank = stage.single.rank
     whole = stage.solver == "global" or stage.single.threshold_std is not None
-    in_rows = _generates(model) and not whole
+    in_rows = generates(model) and not whole
     return parse_pattern(stage.single.pattern, rows=rank == "row" or (rank == "auto" and in_rows))
 
 
@@ -140,7 +123,7 @@ def options_of(model: nn.Module, stage: Prune, seed: int, scores: Mapping[str, T
         pattern=_pattern(model, stage),
         dense_target=stage.single.dense_target,
         refit_steps=stage.single.refit_steps if stage.reconstruct else 0,
-        ridge=_ridge(model, stage),
+        ridge=ridge_of(model, stage),
         iterations=stage.single.iterations,
         penalty=stage.single.penalty,
         seed=seed,

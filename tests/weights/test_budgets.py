@@ -12,6 +12,7 @@ from hf_prune import sparsify_
 from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.recipe import Prune, count_to_remove
 from hf_prune.statistics.collect import SEED_STEP
+from hf_prune.statistics.ridge import ridge_of
 from hf_prune.weights.budgets import BUDGETS, OUTLIER_RANGE, allot
 from hf_prune.weights.find import find_matrices, find_weights
 from hf_prune.weights.gradients import gradient_scores
@@ -515,6 +516,15 @@ def test_the_ridge_is_that_of_what_the_model_does(tiny):
     for name, fields, ridge in told:
         assert options_of(tiny(name), stage(**fields), 0, {}).ridge == ridge, (name, fields)
     assert options_of(nn.Linear(2, 2), stage(), 0, {}).ridge == 0.01
+    units = [
+        ("bert", {}, 0.01),
+        ("llama", {}, 0.1),
+        ("llama", {"reconstruction": "parallel"}, 0.01),
+        ("llama", {"units": ("hidden",)}, 0.01),
+        ("llama", {"ridge": 0.03}, 0.03),
+    ]
+    for name, fields, ridge in units:
+        assert ridge_of(tiny(name), Prune(sparsity=0.5, **fields)) == ridge, (name, fields)
 
 
 def test_ranks_by_row_where_models_generate(tiny, inputs_for):
