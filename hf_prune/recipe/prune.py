@@ -116,8 +116,8 @@ class Prune(Model):
     weights in one stage: splits between them that are tried; if 0, 5."""
     polish_steps: int = Field(default=0, ge=0)
     """Steps of Adam on norms and biases alone, after the re-fit, towards the dense network's output
-    distribution. One calibration example in five is held out of everything before, and they say
-    whether the result is kept. Helps decoders, and encoders from about 85 % sparsity on."""
+    distribution. One calibration example in five is held out of all prune stages, and they say
+    whether the result is kept: what it gains should be more than what they would have."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
     masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"
