@@ -14,7 +14,7 @@ from hf_prune.statistics.collect import SEED_STEP, sum_over_processes
 from hf_prune.statistics.projection import project_output
 from hf_prune.statistics.streams import in_eval, in_order
 from hf_prune.weights.find import Matrix
-from hf_prune.weights.inputs import modules_that_run, never_ran
+from hf_prune.weights.inputs import check_ran, modules_that_run
 from hf_prune.weights.walk import Inputs, call_model
 
 
@@ -124,9 +124,7 @@ def gradient_scores(
             for matrix, gradient in zip(matrices, found, strict=True):
                 if gradient is not None:
                     sums[matrix.name] += gradient if first_order else gradient.square()
-    unused = [m.module for m in matrices if not {m.module, *m.others} & set(ran)]
-    if unused:
-        raise never_ran(unused)
+    check_ran([m.module for m in matrices if not {m.module, *m.others} & set(ran)])
     result = {}
     count = float(
         sum_over_processes(torch.tensor(float(len(batches)), device=parameters[0].device))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -145,6 +146,17 @@ def modules_that_run() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def check_ran(unused: Sequence[str]) -> None:
+    """Refuse modules that the calibration data of one of the processes never runs, on all of them.
+
+    Raises:
+        UnsupportedModelError: naming them.
+    """
+    names = list(dict.fromkeys(gather_object(list(unused))))
+    if names:
+        raise never_ran(names)
 
 
 def never_ran(names: Sequence[str]) -> UnsupportedModelError:

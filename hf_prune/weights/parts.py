@@ -9,7 +9,7 @@ from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites
 from hf_prune.statistics.streams import by_layer, by_stack, in_order
 from hf_prune.weights.find import Matrix
-from hf_prune.weights.inputs import never_ran
+from hf_prune.weights.inputs import check_ran
 from hf_prune.weights.walk import Inputs, call_model
 
 
@@ -79,15 +79,18 @@ def _first_runs(
     """Modules in the order in which they first run, over as many batches as it takes to see all.
 
     Raises:
-        UnsupportedModelError: when no batch runs any of the modules that hold one matrix.
+        UnsupportedModelError: on every process, when no batch of one of them runs any of the
+            modules that hold one matrix.
     """
     watched = list(dict.fromkeys([*(name for names in holders for name in names), *layers]))
     found: list[str] = []
+    unused = [names[0] for names in holders]
     for batch in batches:
         with in_order(model, watched) as order:
             call_model(model, batch)
         found = merged(found, order)
         unused = [names[0] for names in holders if not set(names) & set(found)]
         if not unused:
-            return found
-    raise never_ran(unused)
+            break
+    check_ran(unused)
+    return found

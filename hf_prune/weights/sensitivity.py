@@ -15,9 +15,9 @@ from hf_prune.weights.find import CONVOLUTIONS, Matrix
 from hf_prune.weights.gradients import differentiable, projected
 from hf_prune.weights.inputs import (
     Trace,
+    check_ran,
     main_tensor,
     modules_that_run,
-    never_ran,
     real_rows,
     traced,
 )
@@ -190,9 +190,7 @@ class _Felt:
 
     def result(self) -> dict[str, Sensitivity]:
         """What is known of each matrix over all processes."""
-        unused = [m.module for m in self.matrices if m.name not in self.sources]
-        if unused:
-            raise never_ran(unused)
+        check_ran([m.module for m in self.matrices if m.name not in self.sources])
         device = next(self.model.parameters()).device
         table = [[self.energy.get(n, 0.0), self.tokens.get(n, 0)] for n in self.names]
         felt = torch.tensor(table, dtype=torch.float64, device=device)

@@ -26,8 +26,9 @@ from hf_prune import (
     last_checkpoint,
     make_student,
     prepare_trainer,
+    sparsify_,
 )
-from hf_prune.errors import PlanError
+from hf_prune.errors import PlanError, UnsupportedModelError
 from hf_prune.recipe import Student
 
 
@@ -150,6 +151,29 @@ def gradually(folder, recipe, calibration=None):
     return [callback.plan.fingerprint(), checksum(student)]
 
 
+class Branches(torch.nn.Module):
+    """One of two layers, by the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x):
+        return self.layers[int(x.mean() > 0)](x)
+
+
+def refused():
+    """What is said where the data of one process never runs a layer: on all, and none waits."""
+    state, said = PartialState(), []
+    batches = [torch.ones(8, 4), -torch.ones(8, 4)][: 2 - state.process_index]
+    for solver in ("uniform", "knapsack"):
+        try:
+            sparsify_(Branches(), batches, sparsity=0.5, solver=solver)
+        except UnsupportedModelError as error:
+            said.append(str(error))
+    return said
+
+
 def job(folder):
     """What each process does; the figures go to a file of its own."""
     state = PartialState(cpu=True)
@@ -164,6 +188,7 @@ def job(folder):
         "calibrated": gradually(folder, CALIBRATED, mine),
         "weights": single_weights(mine),
         "units": units(mine),
+        "refused": refused(),
     }
     (Path(folder) / f"{world}-{rank}.json").write_text(json.dumps(figures))
 
@@ -180,6 +205,8 @@ def test_two_processes_agree_with_one(tmp_path):
     assert first["world"] == second["world"] == 2
     for name, here in first["weights"].items():
         assert here == second["weights"][name], f"{name}: the same zeros and weights on both ranks"
+    assert [text[:32] for text in first["refused"]] == ["calibration never ran layers.0: "] * 2
+    assert alone["refused"] == []
     assert first == second, "both ranks have the same plans and the same weights"
     for name in ("one_shot", "gradual", "calibrated"):
         assert first[name][0] == alone[name][0], name
