@@ -117,7 +117,8 @@ class Prune(Model):
     polish_steps: int = Field(default=0, ge=0)
     """Steps of Adam on norms and biases alone, after the re-fit, towards the dense network's output
     distribution. One calibration example in five is held out of all prune stages, and they say
-    whether the result is kept: what it gains should be more than what they would have."""
+    whether the result is kept. With thousands of examples it pays where most of an encoder went;
+    with a few hundred, or little text for a decoder, the examples that judge were worth more."""
     schedule: Schedule | None = None
     """None: in one shot. Otherwise masks close while the following stage trains."""
     masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"
