@@ -225,6 +225,17 @@ def prune_stage_(
     result = prune_weights_(
         model, matrices, removed, options, batches, progress=kept, earlier=earlier
     )
+    return result, _entry(stage, options, matrices, removed, result)
+
+
+def _entry(
+    stage: Prune,
+    options: Options,
+    matrices: Sequence[Matrix],
+    removed: Removed,
+    result: Pruned,
+) -> dict[str, Any]:
+    """What the report says of a stage."""
     total = sum(mask.numel() for mask in result.masks.values())
     gone = total - sum(int(mask.sum()) for mask in result.masks.values())
     entry: dict[str, Any] = {
@@ -241,7 +252,7 @@ def prune_stage_(
         entry["kept_of_m"] = {
             m.name: options.pattern.at(removed[m.name][0], _shape(m)).first for m in matrices
         }
-    return result, entry
+    return entry
 
 
 def _shape(matrix: Matrix) -> tuple[int, int]:
