@@ -60,7 +60,7 @@ def main() -> None:
 def validate(recipe: Path) -> None:
     """Check a recipe, and print it with all defaults."""
     from hf_prune import load_recipe
-    from hf_prune.pipeline import check_stages
+    from hf_prune.stages import check_stages
 
     loaded = load_recipe(recipe)
     check_stages(loaded)

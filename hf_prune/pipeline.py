@@ -3,113 +3,31 @@
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_prune.budget.prepare import check_solver
-from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
 from hf_prune.oneshot import Metric, analyse, prune_once
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, Stage, Vocabulary, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
-from hf_prune.search.experience import Experience
-from hf_prune.sites import HIDDEN, find_sites
-from hf_prune.split import Aim, prune_jointly, prune_weights
-from hf_prune.statistics.batches import Batch, check_enough, main_input, take
+from hf_prune.stages import (
+    Aids,
+    calibration_batches,
+    checked_recipe,
+    prune_in_order,
+    with_judges_apart,
+)
+from hf_prune.statistics.batches import Batch
 from hf_prune.statistics.example import tokens_up_to
-from hf_prune.statistics.score import check_projections, check_weights
 from hf_prune.surgery.layers import moved_parameters, shorten_layers_
 from hf_prune.surgery.plain import make_plain_
 from hf_prune.surgery.vocabulary_stage import narrow_masks, prune_vocabulary_stage, texts_of
-from hf_prune.training.polish import with_judges
-from hf_prune.weights.masks import Masks
-from hf_prune.weights.progress import check_alone
-from hf_prune.weights.stage import check_weight_stage, needs_data, walks
 
 LENGTH = 32
 """Tokens of the sequence whose MACs are counted where no stage says it."""
-
-
-def check_stages(recipe: Recipe) -> None:
-    """Refuse names that nobody knows, before any work.
-
-    Raises:
-        ConfigError: for an unknown criterion or solver, or a recipe that prunes nothing.
-    """
-    if not recipe.prune_stages and recipe.vocabulary is None:
-        raise ConfigError("the recipe has no prune stage: there is nothing to do.")
-    for stage in recipe.prune_stages:
-        if stage.structural:
-            check_projections(stage)
-            check_solver(stage)
-        if stage.joint:
-            check_weight_stage(stage.weights_part(0.0))
-        elif not stage.structural:
-            check_weight_stage(stage)
-
-
-def _needs_data(stage: Prune) -> bool:
-    if stage.joint:  # at least to judge by
-        return True
-    if not stage.structural:
-        return needs_data(stage)
-    statistics = set(needs(get_criterion(stage.criterion))) - {"generator"}
-    fits = stage.reconstruct or stage.rescale
-    return bool(statistics) or fits or stage.search_trials + stage.polish_steps > 0
-
-
-def _keeps_layers(stage: Prune) -> bool:
-    return not stage.structural and walks(stage)
-
-
-def _calibration(
-    model: PreTrainedModel, recipe: Recipe, batches: Iterable[Batch] | None
-) -> list[dict[str, Any]]:
-    stages = [stage for stage in recipe.prune_stages if _needs_data(stage)]
-    if not stages:
-        return []
-    return take(
-        model,
-        batches,
-        at_least=max(stage.min_calibration_samples for stage in stages),
-        at_most=max(
-            max(stage.calibration_samples, stage.reconstruction_samples or 0) for stage in stages
-        ),
-    )
-
-
-def _check(
-    model: PreTrainedModel, recipe: "Recipe | str | os.PathLike[str] | Mapping[str, Any]"
-) -> Recipe:
-    loaded = load_recipe(recipe)
-    check_stages(loaded)
-    find_sites(model)
-    check_weights(model)
-    return _fitting(model, loaded)
-
-
-def _fitting(model: PreTrainedModel, recipe: Recipe) -> Recipe:
-    """A length that no stage names is no more than the positions of the model.
-
-    Where a plain config says all widths, dead units stay, which differ from layer to layer.
-    """
-    stages = list(recipe.stages)
-    for index, stage in enumerate(stages):
-        if not isinstance(stage, Prune):
-            continue
-        changes: dict[str, Any] = {}
-        length = tokens_up_to(model, stage.sequence_length)
-        if "sequence_length" not in stage.model_fields_set and length < stage.sequence_length:
-            changes["sequence_length"] = length
-        if recipe.portable and "weights" in stage.units:
-            changes["weights"] = stage.single.model_copy(update={"remove_dead": False})
-        stages[index] = stage.model_copy(update=changes)
-    return recipe.model_copy(update={"stages": tuple(stages)})
 
 
 def _left(stage: Stage) -> list[str]:
@@ -131,97 +49,6 @@ def _start_report(
     report["left_to_trainer"] = [name for stage in recipe.stages for name in _left(stage)]
     report["stages"]["dense"] = measure_stage(model, length)
     return report
-
-
-def _judged(
-    model: PreTrainedModel, stages: Sequence[Prune], batches: Sequence[Batch]
-) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Batches for all stages, and those that judge every polish, where there is one."""
-    if not any(stage.polish_steps for stage in stages):
-        return batches, ()
-    fitted, judges = with_judges(model, batches)
-    counts = gather_object([sum(len(main_input(model, batch)) for batch in fitted)])
-    check_enough(sum(counts), max(stage.min_calibration_samples for stage in stages))
-    return fitted, judges
-
-
-@dataclass(frozen=True)
-class _Aids:
-    """What helps a search above a floor, and where finished layers of single weights are kept."""
-
-    metric: Metric | None = None
-    experience: "str | os.PathLike[str] | None" = None
-    progress: "str | os.PathLike[str] | None" = None
-
-    def check(self, recipe: Recipe) -> None:
-        """Refuse what no stage would use."""
-        stages = recipe.prune_stages
-        floors = any(stage.floor is not None for stage in stages)
-        if not floors and (self.metric is not None or self.experience is not None):
-            raise ConfigError(
-                "metric and experience are for a stage with a floor: leave them out, or write "
-                "floor: {drop: 0.01}."
-            )
-        if self.progress is None:
-            return
-        if not any(map(_keeps_layers, stages)):
-            raise ConfigError(
-                "progress keeps layers of a stage of single weights, units: [weights], that runs "
-                "them, and there is none: leave it out."
-            )
-        check_alone()
-
-    def folder(self, index: int, stage: Prune) -> Path | None:
-        """Where the layers of one prune stage are kept."""
-        if self.progress is None or not _keeps_layers(stage):
-            return None
-        return Path(self.progress) / f"stage-{index}"
-
-    def store(self) -> Experience | None:
-        """Past searches, if they are kept."""
-        return None if self.experience is None else Experience(os.fspath(self.experience))
-
-
-def _all_stages(
-    model: PreTrainedModel,
-    given: PreTrainedModel,
-    recipe: Recipe,
-    batches: Sequence[Batch],
-    report: dict[str, Any],
-    aids: _Aids,
-) -> tuple[PreTrainedModel, Plan, Masks]:
-    """One stage after the other. Re-fits aim at `model`, as long as widths allow it."""
-    pruned = aim = model
-    plan, masks, store = Plan(model.config.model_type), Masks(), aids.store()
-    batches, judges = _judged(model, recipe.prune_stages, batches)
-    for index, stage in enumerate(recipe.prune_stages):
-        if stage.joint:
-            both = prune_jointly(pruned, stage, batches, recipe.seed, aim=Aim(aim, judges))
-            pruned, step, masks, entries = both.model, both.plan, both.masks, both.entries
-        elif stage.structural:
-            narrows = HIDDEN in stage.units
-            goal = pruned if narrows else aim
-            analysis = analyse(
-                pruned, stage, batches, recipe.seed, dense=goal, given=given, judges=judges
-            )
-            done = prune_once(analysis, stage, aids.metric, store)
-            pruned, step, entries = done.model, done.decision.selection.plan, [done.entry]
-            aim = copy.deepcopy(pruned) if narrows else aim
-        else:
-            pruned = copy.deepcopy(model) if pruned is model else pruned
-            step, masks, entry = prune_weights(
-                pruned,
-                stage,
-                batches,
-                recipe.seed,
-                masks,
-                Aim(aim, judges),
-                aids.folder(index, stage),
-            )
-            entries = [entry]
-        plan = plan.then(step)
-        report["pruning"] += entries
-    return pruned, plan, masks
 
 
 Words = tuple[PreTrainedTokenizerBase, Vocabulary, Iterable[str]]
@@ -303,9 +130,9 @@ def compress(  # noqa: PLR0913  # all but three by name, and each stands alone
         NumericsError: when a weight, a statistic or a score is not finite.
         UnsupportedModelError: for an unknown family or a wrapped model.
     """
-    recipe = _check(model, recipe)
+    recipe = checked_recipe(model, recipe)
     words = _words(recipe, tokenizer, texts)
-    result = _pruned(model, model, recipe, calibration, _Aids(metric, experience, progress))
+    result = _pruned(model, model, recipe, calibration, Aids(metric, experience, progress))
     result.tokenizer = tokenizer
     _finish(result, model, words)
     return result
@@ -337,8 +164,8 @@ def prune_further(
         NumericsError: as in `compress`.
         UnsupportedModelError: as in `compress`.
     """
-    recipe = _check(model, recipe)
-    result = _pruned(model, given, recipe, calibration, _Aids(metric, experience))
+    recipe = checked_recipe(model, recipe)
+    result = _pruned(model, given, recipe, calibration, Aids(metric, experience))
     _finish(result, model, None)
     return result
 
@@ -348,13 +175,13 @@ def _pruned(
     given: PreTrainedModel,
     recipe: Recipe,
     calibration: Iterable[Batch] | None,
-    aids: _Aids,
+    aids: Aids,
 ) -> Result:
     """What the prune stages of a recipe make of a model."""
     aids.check(recipe)
-    batches = _calibration(model, recipe, calibration)
+    batches = calibration_batches(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
-    pruned, plan, masks = _all_stages(model, given, recipe, batches, report, aids)
+    pruned, plan, masks = prune_in_order(model, given, recipe, batches, report, aids)
     return Result(pruned, plan, report, recipe, masks)
 
 
@@ -384,7 +211,7 @@ def compress_family(
         NumericsError: as in `compress`.
         UnsupportedModelError: as in `compress`.
     """
-    recipe = _check(model, recipe)
+    recipe = checked_recipe(model, recipe)
     stages = recipe.prune_stages
     if len(stages) != 1 or "weights" in stages[0].units:
         raise ConfigError("a family of models needs a recipe with one prune stage, not of weights.")
@@ -397,9 +224,9 @@ def compress_family(
     if not len(targets):
         raise ConfigError("a family has no size: pass targets=[0.5, {'speedup': '3x'}], or others.")
     stages = tuple(_with_target(stages[0], target) for target in targets)
-    batches = _calibration(model, recipe, calibration)
+    batches = calibration_batches(model, recipe, calibration)
     report = _start_report(model, recipe, batches)
-    fitted, judges = _judged(model, stages, batches)
+    fitted, judges = with_judges_apart(model, stages, batches)
     analysis = analyse(model, stages[0], fitted, recipe.seed, judges=judges)
     results = []
     for stage in stages:

@@ -9,22 +9,19 @@ needs no trained weights.
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from transformers import PreTrainedModel
 
-from hf_prune.budget.costs import Goal, cost_tables, make_goal
+from hf_prune.budget.costs import Goal, make_goal
 from hf_prune.budget.levels import Levels, stage_levels
 from hf_prune.budget.prepare import prepare
 from hf_prune.budget.selection import Outcome, Selection, decide, selection_of
 from hf_prune.criteria.ranking import Ranking
+from hf_prune.goals import allowed_ns, counted_goals
 from hf_prune.measure.counts import (
     count_encoder_parameters,
-    count_macs,
-    count_memory,
-    count_parameters,
 )
 from hf_prune.measure.latency import Latency, compare_latency
 from hf_prune.measure.latency_table import (
@@ -36,16 +33,14 @@ from hf_prune.measure.latency_table import (
 )
 from hf_prune.measure.lengths import site_lengths
 from hf_prune.plan import Plan
-from hf_prune.recipe import Prune, Target, share_of
-from hf_prune.sites import Site, base_model, get_parameter, logical_weight, projection
+from hf_prune.recipe import Prune
+from hf_prune.sites import Site
 from hf_prune.statistics.processes import of_the_main_process
 
 logger = logging.getLogger(__name__)
 
 LATENCY = "latency_ns"
 """The name of the cost that is time."""
-PRUNABLE = "prunable_parameters"
-"""The name of the cost of which a target takes a sparsity."""
 TOLERANCE = 0.05
 """A measured latency this close to the one asked for is met."""
 CLOSE_ENOUGH = 0.015
@@ -107,75 +102,6 @@ class Decision:
         """For the report."""
         timing = {"timing": self.timing.to_dict()} if self.timing else {}
         return {**self.selection.to_dict(), **timing}
-
-
-Count = Callable[[PreTrainedModel], int]
-Tables = Mapping[str, tuple[int, ...]]
-
-
-def _allowed(value: "str | int", total: int) -> int:
-    if isinstance(value, int):
-        return value
-    return math.floor(Fraction(value.removesuffix("x")) * total)
-
-
-def _table_of_bytes(model: PreTrainedModel, site: Site) -> tuple[int, ...]:
-    """What each number of kept units takes in memory, each matrix in its own dtype."""
-    base = base_model(model)
-    if site.gate.parameter:
-        size = get_parameter(base, site.gate).element_size()
-        unit = size * site.parameters
-    else:
-        size = projection(base, site.gate.module).weight.element_size()
-        unit = 0
-        for item in site.slices:
-            module = projection(base, item.module)
-            weight = logical_weight(module)
-            unit += weight.element_size() * item.width * int(weight.shape[1 - item.axis])
-            if item.axis == 0 and module.bias is not None:
-                unit += module.bias.element_size() * item.width
-    pairs = size * site.square
-    return tuple(count * unit + count**2 * pairs for count in range(site.units + 1))
-
-
-def _counted(
-    model: PreTrainedModel,
-    given: PreTrainedModel,
-    sites: Sequence[Site],
-    stage: Prune,
-    target: Target,
-) -> list[Goal]:
-    """The goals that are counted: shares are of the given model, what goes is of this one."""
-    goals = []
-    length = stage.sequence_length
-
-    def goal(cost: str, value: "str | int", count: Count, tables: Tables) -> Goal:
-        total = count(model)
-        whole = total if given is model else count(given)
-        return Goal(cost, tables, total, max(0, total - _allowed(value, whole)))
-
-    if target.parameters is not None:
-        tables = cost_tables(sites, "parameters", length)
-        goals.append(goal("parameters", target.parameters, count_parameters, tables))
-    if target.macs is not None:
-        tables = cost_tables(sites, "macs", site_lengths(model, sites, length))
-        goals.append(goal("macs", target.macs, lambda each: count_macs(each, length), tables))
-    if target.bytes is not None:
-        tables = {site.name: _table_of_bytes(model, site) for site in sites}
-        goals.append(goal("bytes", target.bytes, count_memory, tables))
-    if target.sparsity is not None:
-        made = make_goal(sites, "parameters", target.sparsity)
-        goals.append(dataclasses.replace(made, cost=PRUNABLE))
-    return goals
-
-
-def _allowed_ns(target: Target, given_ns: int) -> int:
-    limits: list[float] = []
-    if target.latency_ms is not None:
-        limits.append(target.latency_ms * NS_PER_MS)
-    if target.speedup is not None:
-        limits.append(given_ns / share_of(target.speedup))
-    return int(min(limits))
 
 
 def _with_timing(selection: Selection, goal: Goal, timing: Timing) -> Selection:
@@ -242,7 +168,7 @@ class Chooser:
             self.goals.append(goal)
             return
         given = self.given or self.model
-        self.goals += _counted(self.model, given, self.sites, self.stage, target)
+        self.goals += counted_goals(self.model, given, self.sites, self.stage, target)
         if target.timed:
             if self.table is None:
                 empty = any(counts[0] == 0 for counts in levels.values())
@@ -254,7 +180,7 @@ class Chooser:
             tables = self.table.tables(self.sites)
             total = self.table.total_ns
             self.given_ns = round(of_the_main_process(self._given_share) * total)
-            asked = max(0, total - _allowed_ns(target, self.given_ns))
+            asked = max(0, total - allowed_ns(target, self.given_ns))
             self.goals.append(Goal(LATENCY, tables, total, asked))
 
     def choose(self, scale: float = 1.0, weights: Mapping[str, float] | None = None) -> Decision:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_prune import load_recipe
-from hf_prune.pipeline import check_stages
+from hf_prune.stages import check_stages
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
