@@ -8,7 +8,7 @@ zero survives as well.
 
 import json
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    revert_weight_conversion,
+)
 
 from hf_prune.checkpoint.hook import CONVERSIONS
 from hf_prune.errors import CheckpointError
@@ -99,9 +103,7 @@ class Unpack(ConversionOps):
 
 
 def _conversion() -> WeightConverter:
-    return WeightConverter(
-        [rf"weight\.{VALUES}$", rf"weight\.{MASK}$"], "weight", operations=[Unpack()]
-    )
+    return WeightConverter([rf"\.{VALUES}$", rf"\.{MASK}$"], "", operations=[Unpack()])
 
 
 def register_bitmask() -> None:
@@ -112,23 +114,52 @@ def register_bitmask() -> None:
 
 def _smaller(weight: Tensor) -> bool:
     """Whether two parts take less room than one."""
-    zeros = int((weight.contiguous().view(_BITS[weight.element_size()]) == 0).sum())
+    zeros = int((weight.detach().contiguous().view(_BITS[weight.element_size()]) == 0).sum())
     return zeros * weight.element_size() > -(-weight.numel() // 8)
 
 
-def _pack_file(path: Path, names: Container[str]) -> tuple[dict[str, str], int, int]:
-    """Rewrite one file; where tensors are now, by name, and bytes before and after."""
+def _split_while_saving(model: PreTrainedModel, keys: Container[str]) -> dict[str, list[str]]:
+    """Packed parameters that transformers saves in parts, as it does experts: those, by name."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if name in keys or value.ndim <= 2 or not value.is_floating_point():
+            continue
+        if _smaller(value):
+            parts = list(revert_weight_conversion(model, {name: value.to("meta")}))
+            if all(part in keys for part in parts):
+                found[name] = parts
+    return found
+
+
+def _pack_file(
+    path: Path, matrices: Container[str], whole: Mapping[str, Tensor], parts: Container[str]
+) -> tuple[dict[str, str], int, int]:
+    """Rewrite one file; where tensors are now, by name, and bytes before and after.
+
+    Args:
+        path: of the file.
+        matrices: names of what is packed where that is smaller.
+        whole: what is packed into this file beside what is there.
+        parts: names of what goes, since it is a part of such a parameter.
+    """
     tensors: dict[str, Tensor] = {}
     before = path.stat().st_size
+
+    def add(name: str, weight: Tensor) -> None:
+        tensors[f"{name}.{VALUES}"], tensors[f"{name}.{MASK}"] = pack(weight)
+
     with safe_open(path, framework="pt") as file:
         notes = file.metadata() or {"format": "pt"}
         for name in file.keys():  # noqa: SIM118  # no dict
+            if name in parts:
+                continue
             tensor = file.get_tensor(name)
-            plain = name.endswith(".weight") and name in names and tensor.is_floating_point()
-            if plain and _smaller(tensor):
-                tensors[f"{name}.{VALUES}"], tensors[f"{name}.{MASK}"] = pack(tensor)
+            if name in matrices and tensor.is_floating_point() and _smaller(tensor):
+                add(name, tensor)
             else:
                 tensors[name] = tensor
+    for name, weight in whole.items():
+        add(name, weight.cpu())
     mode = path.stat().st_mode
     part = path.with_suffix(".part")
     save_file(tensors, part, notes)
@@ -137,23 +168,34 @@ def _pack_file(path: Path, names: Container[str]) -> tuple[dict[str, str], int, 
     return dict.fromkeys(tensors, path.name), before, path.stat().st_size
 
 
+def _names_in(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
 def pack_folder(folder: Path, model: PreTrainedModel) -> dict[str, int]:
     """Rewrite the weights of a saved model, and let its config name the loader.
 
+    Packed experts, which transformers saves one by one, are stored under the model's own names.
+
     Args:
         folder: written by `save_pretrained`, not yet in its final place.
-        model: the one that was saved. It is not changed. Matrices and convolutions that
-            transformers saves under other names than the model's own, as it does packed experts,
-            stay dense.
+        model: the one that was saved. It is not changed.
 
     Returns:
         `bytes_dense` and `bytes_stored`: sizes of all weight files, before and after.
     """
     where: dict[str, str] = {}
-    matrices = {name for name, value in model.state_dict().items() if value.ndim > 1}
+    paths = sorted(folder.glob("*.safetensors"))
+    place = {name: path for path in paths for name in _names_in(path)}
+    state = model.state_dict()
+    matrices = {name for name, value in state.items() if value.ndim > 1}
+    split = _split_while_saving(model, place)
+    gone = {part for parts in split.values() for part in parts}
     sizes = {"bytes_dense": 0, "bytes_stored": 0}
-    for path in sorted(folder.glob("*.safetensors")):
-        found, before, after = _pack_file(path, matrices)
+    for path in paths:
+        whole = {name: state[name] for name, parts in split.items() if place[parts[0]] == path}
+        found, before, after = _pack_file(path, matrices, whole, gone)
         where |= found
         sizes["bytes_dense"] += before
         sizes["bytes_stored"] += after

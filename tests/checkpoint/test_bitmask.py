@@ -48,7 +48,14 @@ def sparse(tiny, name, sparsity=0.7):
 
 @pytest.mark.parametrize(
     ("name", "share"),
-    [("bert", 0.8), ("gpt2", 0.8), ("llama", 0.8), ("t5", 0.8), ("mixtral", 1.01)],
+    [
+        ("bert", 0.8),
+        ("gpt2", 0.8),
+        ("llama", 0.8),
+        ("t5", 0.8),
+        ("mixtral", 0.8),
+        ("qwen3_moe", 0.8),
+    ],
 )
 @pytest.mark.parametrize("shards", [False, True])
 def test_plain_from_pretrained_reads_it(name, share, shards, tiny, tmp_path, monkeypatch):
