@@ -4,10 +4,14 @@ A saved folder is rewritten after transformers has written it, and read back thr
 conversion that the loader hook registers, so that plain `from_pretrained` gives ordinary dense
 weights, bit for bit. Which entries are stored is read off the bits themselves, so that a negative
 zero survives as well.
+
+Where the hook is missing transformers would leave out what it does not know, and start weights at
+random. So one of the packed weights has an empty tensor under its own name, which stops it.
 """
 
 import json
 import math
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from transformers.core_model_loading import (
 
 from hf_prune.checkpoint.hook import CONVERSIONS
 from hf_prune.errors import CheckpointError
+from hf_prune.surgery.description import PACKED
 from hf_prune.surgery.shapes import get_shapes
 
 VALUES, MASK = "hf_prune_values", "hf_prune_mask"
@@ -89,8 +94,9 @@ class Unpack(ConversionOps):
         model: nn.Module = kwargs["model"]
         parts = {}
         for pattern, tensors in input_dict.items():
-            end = VALUES if VALUES in pattern else MASK
-            parts[end] = tensors[0] if isinstance(tensors, list) else tensors
+            for end in (VALUES, MASK):
+                if end in pattern:
+                    parts[end] = tensors[0] if isinstance(tensors, list) else tensors
         if set(parts) != {VALUES, MASK}:
             raise CheckpointError(f"{full_layer_name} has only {', '.join(sorted(parts))}.")
         if parts[
@@ -102,64 +108,69 @@ class Unpack(ConversionOps):
         return {full_layer_name: [dense.to(parameter.dtype)]}
 
 
-def _conversion() -> WeightConverter:
-    return WeightConverter([rf"\.{VALUES}$", rf"\.{MASK}$"], "", operations=[Unpack()])
+def _conversions(packed: str) -> list[WeightConverter]:
+    """For the weight that has an empty tensor beside its parts, if there is one; for all others."""
+    made = [WeightConverter([rf"\.{VALUES}$", rf"\.{MASK}$"], "", operations=[Unpack()])]
+    if packed:
+        name = re.escape(packed)
+        sources = [rf"{name}\.{VALUES}$", rf"{name}\.{MASK}$", rf"{name}$"]
+        made.insert(0, WeightConverter(sources, packed, operations=[Unpack()]))
+    return made
 
 
 def register_bitmask() -> None:
     """Make the loader read bitmask storage. Done once, when hf_prune is imported."""
-    if _conversion not in CONVERSIONS:
-        CONVERSIONS.append(_conversion)
+    if _conversions not in CONVERSIONS:
+        CONVERSIONS.append(_conversions)
 
 
 def _smaller(weight: Tensor) -> bool:
-    """Whether two parts take less room than one."""
-    zeros = int((weight.detach().contiguous().view(_BITS[weight.element_size()]) == 0).sum())
-    return zeros * weight.element_size() > -(-weight.numel() // 8)
+    """Whether a weight is a matrix, or has more axes, and two parts take less room than one."""
+    if weight.ndim <= 1 or not weight.is_floating_point():
+        return False
+    bits = weight.detach().contiguous().view(_BITS[weight.element_size()])
+    return int((bits == 0).sum()) * weight.element_size() > -(-weight.numel() // 8)
 
 
-def _split_while_saving(model: PreTrainedModel, keys: Container[str]) -> dict[str, list[str]]:
-    """Packed parameters that transformers saves in parts, as it does experts: those, by name."""
+def _to_pack(model: PreTrainedModel, keys: Container[str]) -> dict[str, list[str]]:
+    """The weights to store in two parts, each with the keys that it has in the files now.
+
+    Packed experts have several: transformers saves them one by one.
+    """
     found = {}
     for name, value in model.state_dict().items():
-        if name in keys or value.ndim <= 2 or not value.is_floating_point():
+        if not _smaller(value):
             continue
-        if _smaller(value):
+        parts = [name]
+        if name not in keys:
             parts = list(revert_weight_conversion(model, {name: value.to("meta")}))
-            if all(part in keys for part in parts):
-                found[name] = parts
+        if name in keys or (value.ndim > 2 and all(part in keys for part in parts)):
+            found[name] = parts
     return found
 
 
 def _pack_file(
-    path: Path, matrices: Container[str], whole: Mapping[str, Tensor], parts: Container[str]
+    path: Path, packed: Mapping[str, Tensor], gone: Container[str], empty: str
 ) -> tuple[dict[str, str], int, int]:
     """Rewrite one file; where tensors are now, by name, and bytes before and after.
 
     Args:
         path: of the file.
-        matrices: names of what is packed where that is smaller.
-        whole: what is packed into this file beside what is there.
-        parts: names of what goes, since it is a part of such a parameter.
+        packed: what is stored in two parts in this file.
+        gone: keys of what is stored so, here or elsewhere.
+        empty: the name of the one that has an empty tensor beside its parts.
     """
     tensors: dict[str, Tensor] = {}
     before = path.stat().st_size
-
-    def add(name: str, weight: Tensor) -> None:
-        tensors[f"{name}.{VALUES}"], tensors[f"{name}.{MASK}"] = pack(weight)
-
     with safe_open(path, framework="pt") as file:
         notes = file.metadata() or {"format": "pt"}
         for name in file.keys():  # noqa: SIM118  # no dict
-            if name in parts:
-                continue
-            tensor = file.get_tensor(name)
-            if name in matrices and tensor.is_floating_point() and _smaller(tensor):
-                add(name, tensor)
-            else:
-                tensors[name] = tensor
-    for name, weight in whole.items():
-        add(name, weight.cpu())
+            if name not in gone:
+                tensors[name] = file.get_tensor(name)
+    for name, weight in packed.items():
+        tensors[f"{name}.{VALUES}"], tensors[f"{name}.{MASK}"] = pack(weight.cpu())
+        if name == empty:
+            tensors[name] = weight.new_empty(0, device="cpu")
     mode = path.stat().st_mode
     part = path.with_suffix(".part")
     save_file(tensors, part, notes)
@@ -188,14 +199,14 @@ def pack_folder(folder: Path, model: PreTrainedModel) -> dict[str, int]:
     where: dict[str, str] = {}
     paths = sorted(folder.glob("*.safetensors"))
     place = {name: path for path in paths for name in _names_in(path)}
-    state = model.state_dict()
-    matrices = {name for name, value in state.items() if value.ndim > 1}
-    split = _split_while_saving(model, place)
-    gone = {part for parts in split.values() for part in parts}
+    state, keys = model.state_dict(), _to_pack(model, place)
+    gone = {key for parts in keys.values() for key in parts}
+    inside = f"{model.base_model_prefix}."  # of a task model, whose base may be loaded alone
+    empty = next((name for name in keys if name.startswith(inside)), next(iter(keys), ""))
     sizes = {"bytes_dense": 0, "bytes_stored": 0}
     for path in paths:
-        whole = {name: state[name] for name, parts in split.items() if place[parts[0]] == path}
-        found, before, after = _pack_file(path, matrices, whole, gone)
+        packed = {name: state[name] for name, parts in keys.items() if place[parts[0]] == path}
+        found, before, after = _pack_file(path, packed, gone, empty)
         where |= found
         sizes["bytes_dense"] += before
         sizes["bytes_stored"] += after
@@ -207,5 +218,7 @@ def pack_folder(folder: Path, model: PreTrainedModel) -> dict[str, int]:
     config = folder / "config.json"
     data = json.loads(config.read_text(encoding="utf-8"))
     data["quantization_config"] = get_shapes(model)
+    if empty:
+        data["quantization_config"][PACKED] = empty.removeprefix(inside)
     config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sizes

@@ -10,7 +10,7 @@ load without hf_prune.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_prune.errors import CheckpointError
 from hf_prune.surgery.description import (
+    PACKED,
     QUANT_METHOD,
     SHAPES_VERSION,
     TABLES,
@@ -34,8 +35,9 @@ from hf_prune.surgery.description import (
 )
 from hf_prune.surgery.rebuild import apply_shapes_
 
-CONVERSIONS: list[Callable[[], Any]] = []
-"""Makers of weight conversions: how weights that are not stored as they are get read."""
+CONVERSIONS: list[Callable[[str], list[Any]]] = []
+"""Makers of weight conversions: how weights that are not stored as they are get read. Each is given
+the `packed` of the description, which may be empty."""
 
 
 class HfPruneConfig(QuantizationConfigMixin):
@@ -64,6 +66,8 @@ class HfPruneConfig(QuantizationConfigMixin):
         for table in TABLES:
             if table in kwargs:
                 setattr(self, table, kwargs[table])
+        if PACKED in kwargs:
+            setattr(self, PACKED, kwargs[PACKED])
         check_shapes(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +90,8 @@ class _Narrowing:
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The quantizer's own, and ours."""
-        return super().update_weight_conversions(weight_conversions, model) + _conversions()  # type: ignore[misc,no-any-return]  # as above
+        own = super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]  # as above
+        return [*own, *_conversions(self.shapes)]
 
     def is_serializable(self) -> bool:
         """No: its config would say how it is quantized, and no more how it was pruned."""
@@ -115,6 +120,7 @@ class HfPruneQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         shapes = self.quantization_config.to_dict()
+        shapes.pop(PACKED, None)  # the model is dense from now on
         for name in ("hf_quantizer", "quantization_method"):
             with contextlib.suppress(AttributeError):
                 delattr(model, name)
@@ -135,7 +141,7 @@ class HfPruneQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """How weights are read that lie in the checkpoint in another form."""
-        return _conversions()
+        return _conversions(vars(self.quantization_config))
 
     def update_parallel_plan(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: narrowed modules keep the names that a plan of parallel layers speaks of."""
@@ -160,8 +166,8 @@ class HfPruneQuantizer(HfQuantizer):
         return True
 
 
-def _conversions() -> list[Any]:
-    conversions = [make() for make in CONVERSIONS]
+def _conversions(shapes: Mapping[str, Any]) -> list[Any]:
+    conversions = [item for make in CONVERSIONS for item in make(shapes.get(PACKED, ""))]
     for conversion in conversions:
         for operation in conversion.operations:
             operation.of_hf_prune = True

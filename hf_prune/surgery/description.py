@@ -21,6 +21,8 @@ MAX_ENTRIES = 1 << 20
 """More modules, and more heads, than any model has."""
 TABLES = ("modules", "attributes", "parameters", "heads", "empty", "groups")
 """The tables that a description may have."""
+PACKED = "packed"
+"""The key under which the name of one weight stands that is stored in parts, where some are."""
 KEY = "quantization_config"
 """The key of the config under which the description stands."""
 
@@ -97,6 +99,8 @@ def check_shapes(shapes: Mapping[str, Any]) -> None:
             f"{KEY}.version is {shapes.get('version')!r}; this hf_prune reads "
             f"version {SHAPES_VERSION}. A newer checkpoint needs a newer hf_prune."
         )
+    if not isinstance(shapes.get(PACKED, ""), str):
+        raise CheckpointError(f"{KEY}.{PACKED} = {shapes[PACKED]!r} is not the name of a weight.")
     for name, entry in _table(shapes, "modules", dict).items():
         _check_sizes(f"{KEY}.modules[{name!r}]", entry)
         if set(entry) != {"out", "in"}:

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+from transformers.quantizers import auto
 
 from hf_prune import save_model, verify
 from hf_prune.checkpoint.bitmask import MASK, VALUES, pack, register_bitmask, unpack
 from hf_prune.errors import CheckpointError
+from hf_prune.surgery.description import PACKED, QUANT_METHOD
 from hf_prune.surgery.remove import remove_units
 from hf_prune.weights.find import find_weights
 from hf_prune.weights.masks import apply_masks_, magnitude_masks
@@ -123,6 +126,30 @@ def test_a_dense_model_stays_as_it_is(tiny, tmp_path):
     assert not hasattr(model.config, "quantization_config")
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert not any(VALUES in key for key in file.keys())  # noqa: SIM118  # no dict
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral"])
+def test_without_the_loader_it_fails(name, tiny, tmp_path, monkeypatch):
+    model = sparse(tiny, name)
+    save_model(model, tmp_path / "out", storage="bitmask")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, QUANT_METHOD)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, QUANT_METHOD)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path / "out")
+
+
+def test_the_base_of_a_task_model(tiny, tmp_path):
+    model = sparse(tiny, "bert")
+    save_model(model, tmp_path / "out", storage="bitmask")
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    for key, value in loaded.state_dict().items():
+        if "pooler" not in key:
+            assert torch.equal(value, model.bert.state_dict()[key]), key
+    assert PACKED not in loaded.config.quantization_config
+    task = type(model).from_pretrained(tmp_path / "out")
+    task.save_pretrained(tmp_path / "dense")
+    again = type(model).from_pretrained(tmp_path / "dense")
+    assert all(torch.equal(v, task.state_dict()[k]) for k, v in again.state_dict().items())
 
 
 def damaged(tiny, folder, change):
