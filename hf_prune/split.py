@@ -82,8 +82,8 @@ def prune_weights(
         entry["polish"] = polish_(model, aim.dense, batches, aim.judges, steps=stage.polish_steps)
     masks = {**masks, **result.masks}
     dead = Plan(model.config.model_type)
-    if stage.single.remove_dead and batches:
-        dead, masks = remove_dead_(model, batches[0], masks)
+    if stage.single.removes_dead:
+        dead, masks = remove_dead_(model, masks)
         entry["dead_units"] = sum(len(site.removed) for site in dead.sites.values())
     return Plan(model.config.model_type, dead.sites, count_kept(masks)), masks, entry
 

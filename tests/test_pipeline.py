@@ -332,14 +332,33 @@ def test_a_portable_model_keeps_its_dead_units(units, tiny, inputs_for, tmp_path
     torch.testing.assert_close(logits(loaded, batches[0]), logits(result.model, batches[0]))
 
 
-def test_dead_units_are_reported_only_where_they_were_looked_for(tiny, inputs_for):
-    stage = {"stage": "prune", "units": ["weights"], "criterion": "magnitude", "sparsity": 0.5}
-    recipe = {"stages": [{**stage, "reconstruct": False, "weights": {"dense_target": False}}]}
-    (entry,) = compress(tiny("bert"), recipe).report["pruning"]
-    assert "dead_units" not in entry
-    recipe["stages"][0]["weights"]["dense_target"] = True
-    (entry,) = compress(tiny("bert"), recipe, [inputs_for("bert")] * 2).report["pruning"]
-    assert entry["dead_units"] == 0
+def test_dead_units_are_reported_only_where_they_were_looked_for(tiny):
+    single = {"dense_target": False}
+    stage = {"stage": "prune", "units": ["weights"], "criterion": "magnitude", "reconstruct": False}
+    stage |= {"weights": single, "sparsity": 0.97, "ignore": ["classifier*"]}
+    model = tiny("bert")
+    (entry,) = compress(model, {"stages": [stage]}).report["pruning"]
+    assert entry["dead_units"] > 0
+    single["remove_dead"] = False
+    result = compress(model, {"stages": [stage]})
+    assert "dead_units" not in result.report["pruning"][0]
+    assert not result.plan.sites
+
+
+@pytest.mark.parametrize("pattern", ["1:8", "1:16"])
+def test_units_that_a_pattern_leaves_dead_stay(pattern, tiny, inputs_for):
+    """Without them the neighbours of others would move, and be more than n of m."""
+    model, batches = tiny("bert"), [inputs_for("bert", seed) for seed in range(2)]
+    stage = {"stage": "prune", "units": ["weights"], "weights": {"pattern": pattern}}
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, 3] = 0
+    result = compress(model, {"stages": [stage | {"ignore": ["classifier*"]}]}, batches)
+    assert "dead_units" not in result.report["pruning"][0]
+    m = int(pattern[2:])
+    for name, mask in result.masks.items():
+        assert mask.shape == model.get_parameter(name).shape
+        groups = mask[:, : mask.shape[1] // m * m].reshape(len(mask), -1, m)
+        assert int(groups.sum(-1).max()) == 1
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])

@@ -44,14 +44,20 @@ class Weights(Model):
     embeddings: bool = False
     """Prune embeddings too, and what shares their matrix; by magnitude."""
     remove_dead: bool = True
-    """Really remove neurons and heads that are left without effect, where calibration data is
-    given; the outputs do not change. Not with `portable: true`: layers would differ."""
+    """Really remove neurons and heads that are left without effect; the outputs do not change. Not
+    with a pattern `n:m`, whose neighbours would move, and not with `portable: true`: layers would
+    differ."""
     iterations: int = Field(default=ITERATIONS, ge=0)
     """Iterations of `admm`."""
     penalty: float = Field(default=PENALTY, gt=0)
     """Penalty of `admm`, where every input has mean square one."""
     refit_steps: int = Field(default=REFIT_STEPS, ge=1)
     """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
+
+    @property
+    def removes_dead(self) -> bool:
+        """Whether units without effect really go."""
+        return self.remove_dead and ":" not in self.pattern
 
     @property
     def tunes_admm(self) -> bool:

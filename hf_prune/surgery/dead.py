@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.sites import Site, base_model, find_sites, gate_weight, logical_weight, projection
-from hf_prune.statistics.batches import Batch, forward_kwargs, to_device
+from hf_prune.statistics.example import example_batch, tokens_up_to
 from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.shapes import keep_index
 
 Masks = Mapping[str, Tensor]
+LENGTH = 8
+"""Tokens of the sequence that is run."""
 
 
 def _zero_rows(model: PreTrainedModel, site: Site) -> tuple[Tensor, Tensor]:
@@ -45,8 +47,11 @@ def _zero_rows(model: PreTrainedModel, site: Site) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _constants(model: PreTrainedModel, sites: list[Site], batch: Batch) -> dict[str, Tensor]:
-    """What enters the output projection of each site at the first token, `[U * D]`."""
+def _constants(model: PreTrainedModel, sites: list[Site]) -> dict[str, Tensor]:
+    """What enters the output projection of each site at the first token, `[U * D]`.
+
+    Of made-up inputs: what is read of it is the same for all.
+    """
     found: dict[str, Tensor] = {}
     handles = []
     for site in sites:
@@ -56,29 +61,27 @@ def _constants(model: PreTrainedModel, sites: list[Site], batch: Batch) -> dict[
 
         module = projection(base_model(model), site.gate.module)
         handles.append(module.register_forward_pre_hook(keep))
-    labels = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
     try:
         with in_eval(model):
-            model(**forward_kwargs(model, to_device(batch, model.device), labels=labels))
+            model(**example_batch(model, 1, tokens_up_to(model, LENGTH)))
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def find_dead(model: PreTrainedModel, batch: Batch) -> tuple[Plan, dict[str, Tensor]]:
+def find_dead(model: PreTrainedModel) -> tuple[Plan, dict[str, Tensor]]:
     """Which units have no effect but a constant one.
 
     Args:
-        model: of a known family, in any mode.
-        batch: any valid batch; it is run once, to read constants.
+        model: of a known family, in any mode. It is run once, to read constants.
 
     Returns:
         A plan that removes them, but keeps at least one unit of each site; and for each site what
         its output projection must add to its bias, `[E]`, zero where nothing is to be added.
     """
-    sites = [s for s in find_sites(model) if s.runs == 1 and s.multiple == 1 and not s.shared_bias]
-    constants = _constants(model, sites, batch)
+    sites = [site for site in find_sites(model) if site.runs == 1 and site.multiple == 1]
+    constants = _constants(model, sites)
     plans, folded = {}, {}
     for site in sites:
         weight = gate_weight(base_model(model), site).detach()  # [U, N]
@@ -128,19 +131,18 @@ def _narrow_masks(
 
 @torch.no_grad()
 def remove_dead_(
-    model: PreTrainedModel, batch: Batch, masks: Masks | None = None
+    model: PreTrainedModel, masks: Masks | None = None
 ) -> tuple[Plan, dict[str, Tensor]]:
     """Really remove, in place, units that single zeros have left without effect.
 
     Args:
         model: of a known family.
-        batch: any valid batch.
         masks: of single weights, by parameter name.
 
     Returns:
         What stayed, and the masks in the new shapes. The outputs of the model do not change.
     """
-    plan, folded = find_dead(model, batch)
+    plan, folded = find_dead(model)
     sites = {site.name: site for site in find_sites(model)}
     narrowed = _narrow_masks(model, list(sites.values()), plan, masks or {})
     for name, value in folded.items():

@@ -1,6 +1,6 @@
 """Single weights that become zero while a model trains, and stay zero."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from hf_prune.training.sharded import refuse_sharded
 from hf_prune.weights.masks import (
     WEIGHT_SOLVERS,
     Masks,
+    ZeroWriter,
     apply_masks_,
     count_kept,
     magnitude_masks,
@@ -35,6 +36,7 @@ class WeightPruning:
 
     Attributes:
         overflows: steps whose gradients were not finite.
+        write: writes the zeros after each step.
         inside: by parameter name, flat positions of the entries among which is chosen, where units
             go in the same training; all others stay as they are. Empty = all entries.
     """
@@ -45,6 +47,7 @@ class WeightPruning:
     sums: dict[str, Tensor] = field(default_factory=dict)
     inside: dict[str, Tensor] = field(default_factory=dict)
     overflows: int = 0
+    write: ZeroWriter = field(default_factory=ZeroWriter, repr=False)
 
     def __post_init__(self) -> None:
         for kind, name, known in (
@@ -72,7 +75,15 @@ class WeightPruning:
         """
         self.model, self.masks, self.sums, self.inside = model, {}, {}, {}
         self.overflows = 0
-        find_stage(model, self.stage)
+        if self.stage.criterion == "movement":
+            frozen = [name for name, value in self.matrices().items() if not value.requires_grad]
+            if frozen:
+                raise ConfigError(
+                    f"movement is read off gradients, and {', '.join(frozen)} have none: train "
+                    "them, or leave them out with ignore."
+                )
+        else:
+            find_stage(model, self.stage)
 
     def matrices(self) -> dict[str, Tensor]:
         """What is pruned, by parameter name."""
@@ -88,15 +99,18 @@ class WeightPruning:
         if self.stage.criterion != "movement":
             return
         moved = {
-            name: -(weight.float() * weight.grad.float())
+            name: weight.float() * weight.grad.float()
             for name, weight in self.matrices().items()
             if weight.grad is not None
         }
-        if not all(bool(torch.isfinite(value).all()) for value in moved.values()):
+        if not _finite(moved.values()):
             self.overflows += 1
             return
         for name, value in moved.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            if name in self.sums:
+                self.sums[name].sub_(value)
+            else:
+                self.sums[name] = value.neg_()
 
     def _scores(self) -> dict[str, Tensor]:
         """What is ranked: never negative, and zero where nothing stays already.
@@ -110,8 +124,13 @@ class WeightPruning:
             raise NumericsError(
                 f"the gradient was not finite in {self.overflows} steps: training diverged."
             )
-        if self.sums.keys() != weights.keys():
+        if not self.sums:
             raise DataError("training ended before a single optimizer step: nothing was pruned.")
+        unread = weights.keys() - self.sums.keys()
+        if unread:
+            raise DataError(
+                f"no gradient reached {', '.join(sorted(unread))}: leave them out with ignore."
+            )
         totals = {name: sum_over_processes(v).cpu().double() for name, v in self.sums.items()}
         least = min(float(value.min()) for value in totals.values())
         span = max(float(value.max()) for value in totals.values()) - least
@@ -144,7 +163,7 @@ class WeightPruning:
     def after_step(self) -> None:
         """Write the zeros again: the optimizer has just moved them."""
         assert self.model is not None  # noqa: S101  # start() came first
-        apply_masks_(self.model, self.masks)
+        self.write(self.model, self.masks)
 
     def before_step(self) -> None:
         """Masks hold from step to step."""
@@ -191,6 +210,11 @@ class WeightPruning:
     def kept(self) -> dict[str, int]:
         """Entries kept, for logs."""
         return {"weights": sum(count_kept(self.masks).values())}
+
+
+def _finite(values: Iterable[Tensor]) -> bool:
+    """Whether nothing is infinite or not a number; sums tell it faster, and may overflow."""
+    return all(bool(value.sum().isfinite()) or bool(value.isfinite().all()) for value in values)
 
 
 def _swapping(optimizer: Any) -> Any:
@@ -241,6 +265,7 @@ class KeepZeros(TrainerCallback):
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self.masks = dict(masks)
+        self._write = ZeroWriter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the zeros.
@@ -258,7 +283,7 @@ class KeepZeros(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write them again."""
-        apply_masks_(kwargs["model"], self.masks)
+        self._write(kwargs["model"], self.masks)
 
 
 def merge_adapter(model: Any, masks: Mapping[str, Tensor] | None = None) -> nn.Module:

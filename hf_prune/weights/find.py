@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, UnsupportedModelError
 from hf_prune.recipe import Names, did_you_mean
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -190,7 +190,14 @@ def find_matrices(
 
     Raises:
         ConfigError: when a target fits no matrix, or what is to be ignored nothing at all.
+        UnsupportedModelError: for a model with adapters of PEFT.
     """
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is a {type(module).__name__}: merge adapters before you "
+                "prune, and train new ones afterwards."
+            )
     prunable = _by_parameter(model, embeddings=embeddings)
     for target in targets:
         if not any(_matches(found, [target]) for found in prunable.values()):
