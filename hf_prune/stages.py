@@ -111,9 +111,8 @@ def _fitting(model: PreTrainedModel, recipe: Recipe) -> Recipe:
         length = tokens_up_to(model, stage.sequence_length)
         if "sequence_length" not in stage.model_fields_set and length < stage.sequence_length:
             changes["sequence_length"] = length
-        if recipe.portable and "weights" in stage.units:
-            changes["weights"] = stage.single.model_copy(update={"remove_dead": False})
-        stages[index] = stage.model_copy(update=changes)
+        fitting = stage.model_copy(update=changes)
+        stages[index] = fitting.keeping_dead() if recipe.portable else fitting
     return recipe.model_copy(update={"stages": tuple(stages)})
 
 

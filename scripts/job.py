@@ -219,7 +219,9 @@ class Job:
             callbacks.append(DistillCallback(self.teacher(stage), **distill_fields(stage)))
         if prunes:
             known = self._examples(prunes[0]) if needs_calibration(prunes[0]) else None
-            whole = Recipe(seed=self.recipe.seed, stages=(*prunes, stage))
+            whole = Recipe(
+                seed=self.recipe.seed, portable=self.recipe.portable, stages=(*prunes, stage)
+            )
             gradual = PruneCallback(whole, calibration=known)
             callbacks.append(gradual)
         if self.masks and not stage.lora_rank:
@@ -255,8 +257,7 @@ class Job:
         assert gradual.plan is not None  # noqa: S101  # training has ended
         self.plan = self.plan.then(gradual.plan.moved(self.layers))
         self.masks |= gradual.masks
-        entry = gradual.selection.to_dict() if gradual.selection else {}
-        self.report["pruning"].append({"kind": "structure", **entry, "gradual": True})
+        self.report["pruning"] += gradual.entries
 
     def calibration(self, samples: int) -> Iterator[Batch]:
         """Batches of a random part of the training data."""

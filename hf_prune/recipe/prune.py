@@ -333,6 +333,13 @@ class Prune(Model):
         changes |= {"search_trials": 0, "polish_steps": 0}
         return self.model_copy(update=changes)
 
+    def keeping_dead(self) -> "Prune":
+        """The stage, but units that single weights leave dead stay."""
+        if "weights" not in self.units:
+            return self
+        single = self.single.model_copy(update={"remove_dead": False})
+        return self.model_copy(update={"weights": single})
+
     def weights_part(self, sparsity: float) -> "Prune":
         """Of a joint stage: its single weights alone, to a sparsity of their own."""
         single = self.single

@@ -5,11 +5,12 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_prune.budget.costs import Lengths, unit_cost
@@ -25,6 +26,7 @@ from hf_prune.training.aim import selection_from_dict, selection_to_dict
 from hf_prune.training.interrupt import Interrupt
 from hf_prune.training.joint import JointPruning
 from hf_prune.training.learned import LearnedPruning
+from hf_prune.training.optimizer import mask_gradients_, mask_states_, rebind_optimizer_
 from hf_prune.training.rewind import PREFIX, restore_, snapshot
 from hf_prune.training.schedule import bounds, is_due, share
 from hf_prune.training.sharded import refuse_sharded
@@ -36,7 +38,7 @@ from hf_prune.training.state import (
     write_state,
 )
 from hf_prune.training.structure import StructuredPruning
-from hf_prune.training.zeros import WeightPruning, mask_gradients_, mask_states_
+from hf_prune.training.zeros import WeightPruning
 from hf_prune.weights.masks import count_kept
 
 logger = logging.getLogger(__name__)
@@ -84,25 +86,6 @@ def _check_arguments(args: Any, stage: Prune) -> None:
         )
 
 
-def rebind_optimizer_(optimizer: Any, names: Mapping[int, str], model: nn.Module) -> None:
-    """Make an optimizer hold a model's new parameters instead of the removed ones.
-
-    Its state is emptied.
-
-    Args:
-        optimizer: made before parameters were replaced.
-        names: by `id` of each old parameter.
-        model: after they were replaced.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    parameters = dict(model.named_parameters())
-    for group in inner.param_groups:
-        group["params"] = [
-            parameters[names[id(p)]] if id(p) in names else p for p in group["params"]
-        ]
-    inner.state.clear()
-
-
 class PruneCallback(TrainerCallback):
     """Prunes a model on a schedule while any Trainer trains it.
 
@@ -127,6 +110,7 @@ class PruneCallback(TrainerCallback):
         plan: what stays, once training has ended.
         selection: what was asked and what was removed (heads and neurons).
         masks: which entries stay (single weights).
+        entries: for the report, one for each stage, once training has ended.
         stopped: whether the metric fell below its floor, and the last good plan came back.
 
     Raises:
@@ -142,6 +126,8 @@ class PruneCallback(TrainerCallback):
     ) -> None:
         loaded = load_recipe(recipe)
         self.stages = _scheduled_stages(loaded)
+        if loaded.portable:  # a plain config says all widths, and these differ from layer to layer
+            self.stages = tuple(stage.keeping_dead() for stage in self.stages)
         self.stage = self.stages[0]
         assert self.stage.schedule is not None  # noqa: S101  # that is how it was found
         self.schedule: Schedule = self.stage.schedule
@@ -154,6 +140,7 @@ class PruneCallback(TrainerCallback):
 
     def _reset(self) -> None:
         self.plan: Plan | None = None
+        self.entries: list[dict[str, Any]] = []
         self.reached = 0.0
         self.stopped = False
         self.good: tuple[float, Selection | None] = (0.0, None)
@@ -185,6 +172,14 @@ class PruneCallback(TrainerCallback):
         if isinstance(pruning, WeightPruning):
             return None
         return pruning.structure if isinstance(pruning, JointPruning) else pruning
+
+    @property
+    def _weights(self) -> WeightPruning | None:
+        """The part of single weights."""
+        pruning = self.pruning
+        if isinstance(pruning, JointPruning):
+            return pruning.weights
+        return pruning if isinstance(pruning, WeightPruning) else None
 
     @property
     def deciding(self) -> bool:
@@ -312,7 +307,18 @@ class PruneCallback(TrainerCallback):
         self.pruning.finish()
         sites = {} if self.selection is None else self.selection.plan.sites
         kind = model.config.model_type if isinstance(model, PreTrainedModel) else ""
-        self.plan = Plan(kind, sites, weights=count_kept(self.masks))
+        plan = Plan(kind, sites)
+        entries = []
+        if self.selection is not None:
+            entries.append({"kind": "structure", **self.selection.to_dict()})
+        if self._weights is not None:
+            entry = self._weights.entry()
+            dead = self._weights.remove_dead()
+            plan = plan.then(dead)
+            entry["dead_units"] = sum(len(site.removed) for site in dead.sites.values())
+            entries.append(entry)
+        self.entries = [{**entry, "gradual": True} for entry in entries]
+        self.plan = replace(plan, weights=count_kept(self.masks))
         if optimizer is not None:
             rebind_optimizer_(optimizer, names, model)
 

@@ -6,11 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from hf_prune.errors import CheckpointError, ConfigError, DataError, NumericsError
+from hf_prune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericsError,
+    UnsupportedModelError,
+)
+from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, did_you_mean
+from hf_prune.sites import find_sites
 from hf_prune.statistics.collect import sum_over_processes
+from hf_prune.surgery.dead import remove_dead_
+from hf_prune.training.optimizer import mask_gradients_, mask_states_
 from hf_prune.training.sharded import refuse_sharded
 from hf_prune.weights.masks import (
     WEIGHT_SOLVERS,
@@ -174,6 +184,36 @@ class WeightPruning:
     def finish(self) -> None:
         """The zeros are in the weights already."""
 
+    def remove_dead(self) -> Plan:
+        """Really remove units that the zeros have left without effect; which ones stayed.
+
+        Nothing goes where the stage says so, or the model is of no known family.
+        """
+        model = self.model
+        if not isinstance(model, PreTrainedModel):
+            return Plan("")
+        if not self.stage.single.removes_dead:
+            return Plan(model.config.model_type)
+        try:
+            find_sites(model)
+        except UnsupportedModelError:
+            return Plan(model.config.model_type)
+        plan, self.masks = remove_dead_(model, self.masks)
+        return plan
+
+    def entry(self) -> dict[str, Any]:
+        """For the report, of the matrices as they were while training."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        removed = total - sum(count_kept(self.masks).values())
+        return {
+            "kind": "weights",
+            "criterion": self.stage.criterion,
+            "pattern": self.stage.single.pattern,
+            "total": total,
+            "removed": removed,
+            "sparsity": removed / total if total else 0.0,
+        }
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What must survive a restart."""
         return {"overflows": self.overflows}, {
@@ -215,45 +255,6 @@ class WeightPruning:
 def _finite(values: Iterable[Tensor]) -> bool:
     """Whether nothing is infinite or not a number; sums tell it faster, and may overflow."""
     return all(bool(value.sum().isfinite()) or bool(value.isfinite().all()) for value in values)
-
-
-def _swapping(optimizer: Any) -> Any:
-    """The optimizer, if it writes weights between steps too; else None.
-
-    Between steps a Trainer lets only `eval()` and `train()` of an optimizer touch the weights:
-    schedule-free ones then compute them from weights of their own.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    return inner if callable(getattr(inner, "eval", None)) else None
-
-
-@torch.no_grad()
-def mask_gradients_(optimizer: Any, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Before a step: weights that an optimizer keeps for itself do not move where masks are False.
-
-    Optimizers without such weights are left alone: theirs are masked after the step.
-    """
-    if not masks or _swapping(optimizer) is None:
-        return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in masks.items():
-        gradient = parameters[name].grad
-        if gradient is not None:
-            gradient.masked_fill_(~mask.to(gradient.device), 0)
-
-
-@torch.no_grad()
-def mask_states_(optimizer: Any, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Where masks have changed: write zeros into the weights that an optimizer keeps for itself."""
-    inner = _swapping(optimizer)
-    if not masks or inner is None:
-        return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in masks.items():
-        for value in inner.state.get(parameters[name], {}).values():
-            own = isinstance(value, Tensor) and value.is_floating_point()
-            if own and value.shape == mask.shape:
-                value.masked_fill_(~mask.to(value.device), 0)
 
 
 class KeepZeros(TrainerCallback):

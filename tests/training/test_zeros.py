@@ -9,11 +9,17 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_prune import KeepZeros, PruneCallback
-from hf_prune.errors import ConfigError, DataError, NumericsError
+from hf_prune.errors import (
+    ConfigError,
+    DataError,
+    NumericsError,
+    PlanError,
+    UnsupportedModelError,
+)
 from hf_prune.recipe import Prune, Schedule
 from hf_prune.training.zeros import WeightPruning, merge_adapter
 from hf_prune.weights.find import find_weights
-from hf_prune.weights.masks import apply_masks_, magnitude_masks
+from hf_prune.weights.masks import ZeroWriter, apply_masks_, magnitude_masks
 
 
 def rows(count=32):
@@ -200,6 +206,68 @@ def test_movement(solver, tiny, tmp_path):
     assert 0 <= removed - 0.5 * total <= len(callback.masks)
     by_size = magnitude_masks(find_weights(tiny("bert"), ["classifier.*"]), 0.5, solver)
     assert any(not torch.equal(by_size[n], m) for n, m in callback.masks.items())
+
+
+def test_units_that_are_left_without_effect_go_when_training_ends(
+    tiny, inputs_for, logits, tmp_path
+):
+    model, other, batch = tiny("bert"), tiny("bert"), inputs_for("bert")
+    data = recipe(criterion="magnitude", ignore=["classifier*"], sparsity=0.97)
+    callback = PruneCallback(data)
+    train(model, tmp_path, callback)
+    (entry,) = callback.entries
+    assert (entry["kind"], entry["gradual"]) == ("weights", True)
+    assert entry["sparsity"] == pytest.approx(0.97, abs=1e-3)
+    gone = sum(len(site.removed) for site in callback.plan.sites.values())
+    assert entry["dead_units"] == gone > 0
+    assert_zero(dict(model.named_parameters()), callback.masks)
+    data["stages"][0]["weights"] = {"remove_dead": False}
+    kept = PruneCallback(data)
+    train(other, tmp_path, kept)
+    assert not kept.plan.sites
+    assert kept.entries[0]["dead_units"] == 0
+    assert any(p.shape != other.get_parameter(n).shape for n, p in model.named_parameters())
+    torch.testing.assert_close(logits(model.eval(), batch), logits(other.eval(), batch))
+
+
+def test_movement_names_what_does_not_learn(tiny, tmp_path):
+    model = tiny("bert")
+    for parameter in model.bert.encoder.layer[0].parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"encoder.layer.0.*have none: train them, or leave"):
+        train(model, tmp_path, PruneCallback(recipe(criterion="movement")))
+    ignore = ["classifier*", "*layer.0.*"]
+    callback = PruneCallback(recipe(criterion="movement", ignore=ignore))
+    train(model, tmp_path, callback)
+    assert_zero(dict(model.named_parameters()), callback.masks)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_adapters_are_not_pruned(tiny, tmp_path):
+    model = tiny("bert")
+    masks = magnitude_masks(find_weights(model), 0.6)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(UnsupportedModelError, match="merge adapters before you prune"):
+        train(tuned, tmp_path, PruneCallback(recipe(criterion="magnitude")))
+    with pytest.raises(PlanError, match="leave the masks out, and merge with merge_adapter"):
+        KeepZeros(masks).on_train_begin(TrainingArguments(tmp_path), None, None, model=model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zeros_are_written_whatever_stood_there(dtype):
+    model = nn.Linear(40, 30).to(dtype)
+    first = {"weight": torch.rand(30, 40) > 0.5}
+    write = ZeroWriter()
+    for masks in (first, first, {"weight": torch.rand(30, 40) > 0.5}):
+        model.weight.data.normal_()
+        model.weight.data[~masks["weight"]] = float("nan")
+        model.weight.data[0] = -model.weight.data[0].abs()
+        before = model.weight.detach().clone()
+        write(model, masks)
+        assert torch.equal(model.weight[masks["weight"]], before[masks["weight"]])
+        gone = model.weight.detach()[~masks["weight"]]
+        assert not gone.any()
+        assert not gone.signbit().any(), "no negative zeros"
 
 
 class Plain(nn.Module):
