@@ -172,6 +172,8 @@ def analyze(
         shares = [float(part) for part in _names(fractions)]
     except ValueError as error:
         raise click.BadParameter(f"--fractions: {error}") from error
+    if out is not None and not out.parent.is_dir():
+        raise click.BadParameter(f"--out: there is no folder {out.parent}")
     found = analyse_file(model_name_or_path, examples, criteria, kinds=kinds, fractions=shares)
     if out is not None:
         out.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")

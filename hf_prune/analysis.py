@@ -17,7 +17,8 @@ from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.gates.attach import attach_gates
-from hf_prune.sites import Site, find_sites
+from hf_prune.recipe import did_you_mean
+from hf_prune.sites import ALL_KINDS, HIDDEN, QUERY_HEADS, Site, find_sites
 from hf_prune.statistics.batches import (
     Batch,
     check_batch,
@@ -32,6 +33,8 @@ from hf_prune.statistics.score import score
 from hf_prune.statistics.streams import in_eval
 from hf_prune.statistics.texts import Examples, class_numbers, read_examples
 
+UNITS = (*ALL_KINDS, QUERY_HEADS, HIDDEN)
+"""Kinds of units that can be named."""
 FRACTIONS = (0.25, 0.5, 0.75, 0.9)
 """Shares of a site's units that are masked."""
 BATCH = 16
@@ -224,6 +227,9 @@ def analyse_sensitivity(
     for index, batch in enumerate(batches):
         check_batch(model, batch, index)
     wanted = {name for criterion in criteria for name in needs(get_criterion(criterion))}
+    for kind in kinds:
+        if kind not in UNITS:
+            raise ConfigError(f"unknown kind of units {kind!r}{did_you_mean(kind, UNITS)}")
     sites = find_sites(model, kinds)
     if not sites:
         raise ConfigError(

@@ -5,27 +5,27 @@ computes) is gathered once, and serves any number of targets.
 """
 
 import copy
+import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError, DataError
-from hf_prune.plan import Plan
 from hf_prune.recipe import Prune
 from hf_prune.search.experience import Case, Experience, case_of
-from hf_prune.search.floor import Point, Tried, by_bisection, by_optuna
+from hf_prune.search.floor import by_bisection, by_optuna
 from hf_prune.search.levels import LevelSearch
-from hf_prune.sites import HIDDEN, Site, find_sites
+from hf_prune.search.trials import FloorRun, Metric, measured
+from hf_prune.sites import ALL_KINDS, HIDDEN, QUERY_HEADS, Site, find_sites
 from hf_prune.statistics.batches import Batch, first_examples
-from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect, sum_over_processes
+from hf_prune.statistics.collect import INPUTS, OUTPUTS, collect
 from hf_prune.statistics.processes import of_the_main_process
 from hf_prune.statistics.ridge import ridge_of
 from hf_prune.statistics.score import score
@@ -33,14 +33,11 @@ from hf_prune.surgery.dense import DenseTargets, dense_targets
 from hf_prune.surgery.reconstruct import refit_as_asked
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.width import refit_width
-from hf_prune.targets import Chooser, Decision, Shares
+from hf_prune.targets import Chooser, Decision, Shares, Tables
 from hf_prune.training.aim import same_on_all_processes
 from hf_prune.training.polish import polish_
 
 logger = logging.getLogger(__name__)
-
-Metric = Callable[[PreTrainedModel], float]
-"""A figure of a model on data that was not calibrated on; higher = better."""
 
 
 @dataclass
@@ -58,6 +55,7 @@ class Analysis:
         seed: of everything random.
         seconds: wall time of each step so far.
         shares: latencies that were measured so far, as `Chooser` takes them.
+        tables: of latencies, the same.
         judges: examples that nothing is fitted to, where the stage has a polish.
     """
 
@@ -72,6 +70,7 @@ class Analysis:
     targets: DenseTargets | None = None
     judges: Sequence[Batch] = ()
     shares: Shares = field(default_factory=dict)
+    tables: Tables = field(default_factory=dict)
 
     def dense_targets(self) -> DenseTargets:
         """What the dense network computes on the batches of the re-fit; computed once."""
@@ -129,6 +128,7 @@ def analyse(
             f"no site is left to prune: the model has no units of {list(stage.units)}, or "
             f"ignore={list(stage.ignore)} matches all of them."
         )
+    _warn_of_missing(model, sites, stage)
     seconds: dict[str, float] = {}
     wanted = needs(get_criterion(stage.criterion))
     if stage.units == (HIDDEN,) and set(wanted) & (INPUTS | OUTPUTS):
@@ -146,6 +146,23 @@ def analyse(
     aim = model if alone or dense is None else dense
     given = given or dense or model
     return Analysis(model, sites, rankings, many, aim, given, seed, seconds=seconds, judges=judges)
+
+
+def _warn_of_missing(model: PreTrainedModel, sites: Sequence[Site], stage: Prune) -> None:
+    """Say which kinds of units a stage names that the model does not have."""
+    there = {site.kind for site in find_sites(model, ALL_KINDS)}
+    missing = sorted(set(stage.units) - there - {HIDDEN, QUERY_HEADS})
+    if QUERY_HEADS in stage.units and not any(site.kind == QUERY_HEADS for site in sites):
+        missing.append(QUERY_HEADS)
+    if missing:
+        others = sorted(there - set(stage.units))
+        also = f" It also has {', '.join(others)}." if others else ""
+        logger.warning(
+            "%s has no %s: nothing of that kind is pruned.%s",
+            type(model).__name__,
+            ", ".join(missing),
+            also,
+        )
 
 
 @dataclass(frozen=True)
@@ -210,6 +227,7 @@ def prune_once(
         stage,
         given=analysis.given,
         shares=analysis.shares,
+        tables=analysis.tables,
     )
     if stage.floor is not None:
         if metric is None:
@@ -231,7 +249,9 @@ def prune_once(
     if stage.polish_steps:
         data = (analysis.refit_batches, analysis.judges)
         with _timed(pruned.entry["seconds"], "polish"):
-            found = polish_(pruned.model, analysis.dense, *data, steps=stage.polish_steps)
+            found = polish_(
+                pruned.model, analysis.dense, *data, steps=stage.polish_steps, ignore=stage.ignore
+            )
         pruned.entry["polish"] = found
     return pruned
 
@@ -265,72 +285,6 @@ def _search(
     return decision, search.trials
 
 
-@dataclass
-class _FloorRun:
-    """A search for the smallest model above a floor, and the best that it has found."""
-
-    analysis: Analysis
-    chooser: Chooser
-    stage: Prune
-    metric: Metric
-    least: float
-    trials: list[dict[str, float]] = field(default_factory=list)
-    best: tuple[float, Pruned] | None = None
-    known: list[tuple[Plan, float]] = field(default_factory=list)
-    start: float = field(default_factory=time.monotonic)
-
-    def attempt(self, point: Point) -> Tried:
-        """Build and measure one model; the smallest good one is remembered."""
-        weights = point.weights(self.analysis.sites)
-        decision = self.chooser.choose(point.scale, weights)
-        plan, pruned = decision.selection.plan, None
-        value = next((value for known, value in self.known if known == plan), None)
-        if value is None:
-            pruned = carry_out(self.analysis, decision, self.stage)
-            value = _measured(self.metric, pruned.model)
-            self.known.append((plan, value))
-        outcome = decision.selection.outcomes[0]
-        removed = outcome.removed / max(outcome.total, 1)
-        tried = Tried(point, value, removed, value >= self.least)
-        self.trials.append(tried.to_dict())
-        logger.info("floor %.4f: %.4f with %.3f gone", self.least, value, removed)
-        if pruned and tried.good and (self.best is None or removed > self.best[0]):
-            self.best = removed, pruned
-        return tried
-
-    def late(self) -> bool:
-        """Whether the time is over, on any process."""
-        assert self.stage.floor is not None  # noqa: S101  # the run is for one
-        late = time.monotonic() - self.start > 60 * self.stage.floor.max_minutes
-        return _on_all_processes(float(late)) > 0
-
-
-def _measured(metric: Metric, model: PreTrainedModel) -> float:
-    """The metric of a model, over all processes.
-
-    Raises:
-        DataError: when it is not one number.
-    """
-    found = metric(model)
-    try:
-        value = float(found)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"the metric gave {found!r}. A floor needs one number, higher = better: return a "
-            "float, such as evaluation['accuracy']."
-        ) from error
-    return _on_all_processes(value)
-
-
-def _on_all_processes(value: float) -> float:
-    """The mean over all processes: they must go the same way."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return value
-    total = sum_over_processes(torch.tensor(value, dtype=torch.float64, device=state.device))
-    return float(total) / int(state.num_processes)
-
-
 def _above_floor(
     analysis: Analysis,
     chooser: Chooser,
@@ -341,8 +295,8 @@ def _above_floor(
     """The smallest model that keeps the metric, between nothing and all that is asked for."""
     floor = stage.floor
     assert floor is not None  # noqa: S101  # asked for one
-    least = _measured(metric, analysis.given) - floor.drop
-    if least != least:
+    least = measured(metric, analysis.given) - floor.drop
+    if math.isnan(least):
         raise DataError("the metric of the dense model is not a number.")
     case = case_of(
         analysis.model.config.model_type,
@@ -352,7 +306,11 @@ def _above_floor(
         stage,
     )
     start = _expected(experience, case)
-    run = _FloorRun(analysis, chooser, stage, metric, least)
+
+    def build(decision: Decision) -> Pruned:
+        return carry_out(analysis, decision, stage)
+
+    run = FloorRun(chooser, floor, build, metric, least)
     if floor.search == "optuna":
         kinds = {site.kind for site in analysis.sites}
         tilts = ("heads", "depth") if "heads" in kinds and len(kinds) > 1 else ("depth",)
@@ -361,11 +319,14 @@ def _above_floor(
         by_bisection(run.attempt, floor, run.late, start)
     if run.best is None:
         logger.warning("no smaller model above the floor was found: nothing is removed.")
-        removed, best = 0.0, carry_out(analysis, chooser.nothing(), stage)
+        best = carry_out(analysis, chooser.nothing(), stage)
     else:
-        removed, best = run.best
-    if experience is not None:
-        trials = len(run.trials)
+        best = run.best[2]
+    best = dataclasses.replace(best, decision=chooser.against_all(best.decision))
+    best.entry.update(best.decision.to_dict())
+    reached = run.reached()
+    if experience is not None and reached is not None:
+        removed, trials = reached * case.asked, len(run.trials)
         of_the_main_process(lambda: experience.add(case, removed=removed, trials=trials))
     best.entry["floor"] = {"least": least, "trials": run.trials, "started_from": start}
     return best

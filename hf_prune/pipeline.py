@@ -9,10 +9,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.errors import ConfigError
-from hf_prune.oneshot import Metric, analyse, prune_once
+from hf_prune.oneshot import analyse, prune_once
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, Stage, Vocabulary, load_recipe
 from hf_prune.report.result import Result, measure_stage, new_report
+from hf_prune.search.trials import Metric
 from hf_prune.stages import (
     Aids,
     calibration_batches,

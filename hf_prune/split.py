@@ -79,7 +79,8 @@ def prune_weights(
         entry["resumed"] = result.resumed
     if stage.polish_steps:
         assert aim is not None  # noqa: S101  # a stage with a polish has one
-        entry["polish"] = polish_(model, aim.dense, batches, aim.judges, steps=stage.polish_steps)
+        data, steps = (batches, aim.judges), stage.polish_steps
+        entry["polish"] = polish_(model, aim.dense, *data, steps=steps, ignore=stage.ignore)
     masks = {**masks, **result.masks}
     dead = Plan(model.config.model_type)
     if stage.single.removes_dead:
@@ -256,6 +257,8 @@ def prune_jointly(
     }
     if stage.polish_steps:
         start, data = time.perf_counter(), (analysis.refit_batches, aim.judges)
-        whole["polish"] = polish_(small, aim.dense, *data, steps=stage.polish_steps)
+        whole["polish"] = polish_(
+            small, aim.dense, *data, steps=stage.polish_steps, ignore=stage.ignore
+        )
         seconds["polish"] = time.perf_counter() - start
     return Both(small, plan, masks, [whole, *entries])

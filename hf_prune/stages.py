@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from hf_prune.budget.prepare import check_solver
 from hf_prune.criteria import get_criterion, needs
 from hf_prune.errors import ConfigError
-from hf_prune.oneshot import Metric, analyse, prune_once
+from hf_prune.oneshot import analyse, prune_once
 from hf_prune.plan import Plan
 from hf_prune.recipe import Prune, Recipe, load_recipe
 from hf_prune.search.experience import Experience
+from hf_prune.search.trials import Metric
 from hf_prune.sites import HIDDEN, find_sites
 from hf_prune.split import Aim, prune_jointly, prune_weights
 from hf_prune.statistics.batches import Batch, check_enough, main_input, take

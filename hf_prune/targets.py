@@ -49,6 +49,8 @@ MOVED = 0.1
 """A dense model that has become faster or slower by more than this is named."""
 NO_CLOSER = f"of the widths that were timed none came within {TOLERANCE:.0%}"
 """Why a latency is not met that floors do not limit."""
+FLOOR = "the floor of the metric holds the rest"
+"""Why a search above a floor removes no more."""
 MAX_ATTEMPTS = 4
 """How often widths are chosen and timed."""
 ROUNDS = 15
@@ -118,6 +120,9 @@ def _scaled(goal: Goal, scale: float) -> Goal:
 Shares = dict[tuple[Shape, tuple[tuple[str, int], ...]], float]
 """Measured latencies as shares of the dense model's, by shape and by how much each site keeps."""
 
+Tables = dict[tuple[Shape, bool], LatencyTable]
+"""Measured tables, by the shape of the input and whether sites may lose all units."""
+
 
 @dataclass
 class Chooser:
@@ -136,6 +141,8 @@ class Chooser:
             if not given.
         shares: latencies of networks that were timed, as shares of the dense one's, to which those
             that this one times are added: the same widths are not timed again.
+        tables: measured tables by the shape of the input and whether sites may be empty, to which
+            one that this one measures is added.
     """
 
     model: PreTrainedModel
@@ -145,6 +152,7 @@ class Chooser:
     table: LatencyTable | None = None
     given: PreTrainedModel | None = None
     shares: Shares = field(default_factory=dict)
+    tables: Tables = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         target = self.stage.target
@@ -172,9 +180,12 @@ class Chooser:
         if target.timed:
             if self.table is None:
                 empty = any(counts[0] == 0 for counts in levels.values())
-                self.table = of_the_main_process(
-                    lambda: latency_table(self.model, self.sites, self.shape, empty=empty)
-                )
+                key = (self.shape, empty)
+                if key not in self.tables:
+                    self.tables[key] = of_the_main_process(
+                        lambda: latency_table(self.model, self.sites, self.shape, empty=empty)
+                    )
+                self.table = self.tables[key]
                 if target.latency_ms is not None:
                     self.table = self.table.times(of_the_main_process(self._moved))
             tables = self.table.tables(self.sites)
@@ -205,6 +216,18 @@ class Chooser:
         made = selection_of(self.sites, self.rankings, counts, self.goals, model_type=model_type)
         limit = "no smaller model was found above the floor"
         return Decision(dataclasses.replace(made, limit=limit))
+
+    def against_all(self, decision: Decision) -> Decision:
+        """A decision for a part of what the stage asks for, compared with all of it."""
+        selection = decision.selection
+        outcomes = tuple(
+            dataclasses.replace(outcome, asked=goal.asked)
+            for outcome, goal in zip(selection.outcomes, self.goals, strict=True)
+        )
+        whole = dataclasses.replace(selection, outcomes=outcomes)
+        if not whole.met and selection.met:
+            whole = dataclasses.replace(whole, limit=FLOOR)
+        return dataclasses.replace(decision, selection=whole)
 
     def predict(self, scale: float) -> Selection:
         """The plan that removes `scale` of what the stage asks for, by the table alone."""

@@ -1,5 +1,7 @@
 """One analysis, many targets; and the smallest model above a floor."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -85,10 +87,37 @@ def test_the_smallest_model_above_the_floor(tiny, inputs_for):
     entry = result.report["pruning"][0]
     assert entry["floor"]["least"] == 0.75
     assert len(entry["floor"]["trials"]) == 9
+    assert entry["asked_to_remove"] / entry["total"] == pytest.approx(0.9, abs=1e-3)
+    assert entry["removed"] < entry["asked_to_remove"]
+    assert not entry["met"], "of what the stage asks for, which the floor keeps it from"
     all_of_it = compress(
         model, {"stages": [{**stage, "floor": {"drop": 1.0}}]}, batches, metric=metric
     )
     assert len(all_of_it.report["pruning"][0]["floor"]["trials"]) == 1
+
+
+def test_units_that_a_model_does_not_have_are_named(tiny, inputs_for, caplog):
+    for name, units, said in (
+        ("mixtral", ["heads", "neurons"], "no neurons.* It also has expert_neurons, experts"),
+        ("gpt2", ["query_heads", "neurons"], "no query_heads"),
+    ):
+        stage = {"stage": "prune", "units": units, "sparsity": 0.4, "criterion": "magnitude"}
+        compress(tiny(name), {"stages": [stage | {"reconstruct": False}]})
+        assert re.search(said, caplog.text)
+        caplog.clear()
+    compress(tiny("bert"), {"stages": [STAGE | {"sparsity": 0.4}]}, [inputs_for("bert")] * 2)
+    assert "nothing of that kind" not in caplog.text
+
+
+def test_sizes_of_a_family_share_a_table(tiny, inputs_for, monkeypatch):
+    tables = []
+    real = targets.latency_table
+    monkeypatch.setattr(targets, "latency_table", lambda *a, **k: tables.append(1) or real(*a, **k))
+    monkeypatch.setenv("HF_PRUNE_CACHE", "/proc/nothing")
+    stage = {**STAGE, "criterion": "magnitude", "reconstruct": False, "sparsity": 0.5}
+    goals = [{"speedup": "1.1x"}, {"speedup": "1.2x"}]
+    compress_family(tiny("bert"), {"stages": [stage]}, [inputs_for("bert")] * 2, targets=goals)
+    assert len(tables) == 1
 
 
 def test_when_no_smaller_model_is_good_enough(tiny, inputs_for, caplog):

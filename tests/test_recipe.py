@@ -99,6 +99,8 @@ def one(**change):
         (one(sparsity="0.5"), r"stages\.0\.sparsity: .*valid number"),
         (one(sparsity=True), r"stages\.0\.sparsity: .*valid number"),
         (one(sparsity=float("nan")), r"stages\.0\.sparsity"),
+        (one(units=["weights"], sparsity=None, weights={"pattern": "4:4"}), "keeps 4 of 4: noth"),
+        (one(units=["weights"], sparsity=None, weights={"pattern": "0:4"}), "write unstructured"),
         (one(sparsty=0.5), r"stages\.0\.sparsty: unknown key; did you mean 'sparsity'\? Known: "),
         (one(schedule={"stat": 0.1}), r"schedule\.stat: unknown key; did you mean 'start'\?"),
         ({**one(), "sed": 3}, r"sed: unknown key; did you mean 'seed'\? Known: hf_prune, seed, st"),

@@ -4,8 +4,6 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
-from hf_prune.budget.costs import Goal
-from hf_prune.criteria.ranking import Ranking
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import Prune, did_you_mean
 from hf_prune.sites import Site
@@ -60,77 +58,3 @@ def stage_levels(sites: Sequence[Site], stage: Prune) -> dict[str, list[int]]:
         )
         for site in sites
     }
-
-
-def _common(group: Sequence[Site], levels: Levels) -> list[int]:
-    """The levels that all sites of a group have, increasing."""
-    common = set.intersection(*(set(levels[site.name]) for site in group))
-    if not common:
-        raise ConfigError(
-            f"even: the layers have no number of {group[0].kind} in common that floors and "
-            f"round_to allow: they have {sorted({site.units for site in group})} of them."
-        )
-    return sorted(common)
-
-
-def _cheapest(
-    exceeded: Sequence[Goal],
-    rankings: Mapping[str, Ranking],
-    counts: Counts,
-    steps: Sequence[Counts],
-) -> Counts:
-    """The step that loses least for what it saves of the goals that are exceeded."""
-
-    def price(step: Counts) -> float:
-        names = {name: counts[name] for name in step}
-        lost = sum(rankings[n].error_of(step[n]) - rankings[n].error_of(counts[n]) for n in names)
-        saved = sum(
-            (goal.tables[name][counts[name]] - goal.tables[name][step[name]]) / max(goal.budget, 1)
-            for goal in exceeded
-            for name in names
-        )
-        return lost / saved if saved > 0 else math.inf
-
-    return min(steps, key=price)
-
-
-def even_counts(
-    sites: Sequence[Site],
-    rankings: Mapping[str, Ranking],
-    counts: Mapping[str, int],
-    goals: Sequence[Goal],
-    levels: Levels,
-) -> Counts:
-    """As many units in each layer of a stack: at most their mean, and less until goals are met.
-
-    Units of different sites may cost differently, such as heads of self- and cross-attention, so
-    that the mean alone can exceed a goal.
-
-    Args:
-        sites: from `find_sites`.
-        rankings: from `score`.
-        counts: by site, how many units stay.
-        goals: what is to go.
-        levels: by site, the counts that are allowed.
-
-    Raises:
-        ConfigError: when the layers have no level in common.
-    """
-    groups: dict[tuple[str, str], list[Site]] = {}
-    for site in sites:
-        groups.setdefault((site.stack, site.kind), []).append(site)
-    common = {key: _common(group, levels) for key, group in groups.items()}
-    result = {site.name: 0 for site in sites}
-    for key, group in groups.items():
-        mean = sum(counts[site.name] for site in group) // len(group)
-        even = max((level for level in common[key] if level <= mean), default=common[key][0])
-        result |= {site.name: even for site in group}
-    while exceeded := [goal for goal in goals if goal.spent(result) > goal.budget]:
-        steps = []
-        for key, group in groups.items():
-            at = common[key].index(result[group[0].name])
-            steps += [{site.name: common[key][at - 1] for site in group}] if at else []
-        if not steps:
-            break
-        result |= _cheapest(exceeded, rankings, result, steps)
-    return result

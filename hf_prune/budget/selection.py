@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hf_prune.budget.allocate import allocate, total_error
 from hf_prune.budget.costs import Goal
-from hf_prune.budget.levels import even_counts
+from hf_prune.budget.even import allocate_evenly
 from hf_prune.budget.prepare import prepare
 from hf_prune.criteria.ranking import Ranking
 from hf_prune.plan import Plan, SitePlan
@@ -46,6 +46,8 @@ class Outcome:
 
 FLOORS = "floors and ignored sites hold the rest"
 """Why what is counted is not met: solvers stop before a goal only there."""
+OTHERS = "all that can be removed is less: embeddings, norms and heads hold the rest"
+"""Why it is not met where not even all units are enough."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def selection_of(
     outcomes = tuple(
         Outcome(goal.cost, goal.asked, goal.removed(counts), goal.total) for goal in goals
     )
-    return Selection(Plan(model_type, kept), outcomes, total_error(sites, rankings, counts))
+    missed = [goal for goal in goals if goal.removed(counts) < goal.asked]
+    limit = OTHERS if any(goal.asked > goal.prunable for goal in missed) else FLOORS
+    return Selection(Plan(model_type, kept), outcomes, total_error(sites, rankings, counts), limit)
 
 
 def decide(
@@ -126,7 +130,6 @@ def decide(
         model_type: of the model, for the plan.
     """
     ready = prepare(sites, rankings, stage)
-    counts = allocate(sites, ready.rankings, goals, solver=stage.solver, levels=ready.levels)
-    if stage.even:
-        counts = even_counts(sites, ready.rankings, counts, goals, ready.levels)
+    solve = allocate_evenly if stage.even else allocate
+    counts = solve(sites, ready.rankings, goals, solver=stage.solver, levels=ready.levels)
     return selection_of(sites, ready.rankings, counts, goals, model_type=model_type)

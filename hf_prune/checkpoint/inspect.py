@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_prune.checkpoint.manifest import verify
 from hf_prune.errors import CheckpointError, UnsupportedModelError
-from hf_prune.measure.counts import count_parameters
+from hf_prune.measure.counts import count_nonzero, count_parameters
 from hf_prune.sites import ALL_KINDS, find_sites
 from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.description import QUANT_METHOD
@@ -130,7 +130,8 @@ def check_model(folder: "str | Path") -> list[str]:
     count = len(list(model.parameters()))
     done.append(f"{count} parameters have the shapes that the config states, none is missing")
     check_weights(model)
-    done.append(f"{count_parameters(model)} numbers are finite")
+    total = count_parameters(model)
+    done.append(f"{total} numbers are finite, {count_nonzero(model)} of them not zero")
     head = model.get_output_embeddings()
     if head is not None and getattr(model.config, "tie_word_embeddings", False):
         if getattr(head, "weight", None) is not model.get_input_embeddings().weight:

@@ -27,11 +27,13 @@ from hf_prune.surgery.shared import shared_copy
 
 logger = logging.getLogger(__name__)
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 """Version of the cached file."""
 SHARES = (0.03, 0.06, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Widths to measure, as shares of a site's units."""
 NS_PER_MS = 1_000_000
+TRIES = 3
+"""How often a table is measured that makes no sense, as on a machine that was held up."""
 NO_SHAPES = (
     "_name_or_path",
     "architectures",
@@ -68,6 +70,12 @@ class LatencyTable:
     fixed_ns: int
     points: Mapping[str, Mapping[int, int]]
 
+    @property
+    def makes_sense(self) -> bool:
+        """Whether the whole model takes longer than the least, and units are worth something."""
+        worth = any(value > 0 for each in self.points.values() for value in each.values())
+        return 0 < self.fixed_ns < self.total_ns and worth
+
     def tables(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         """By site, what each number of kept units adds to `fixed_ns`; never falls."""
         return {site.name: _interpolate(self.points[_group(site)], site.units) for site in sites}
@@ -94,6 +102,19 @@ def _group(site: Site) -> str:
     seen = f"{site.stack}{'.cross' if site.cross else ''}"
     shape = (site.kind, seen, site.gate.width, site.parameters, site.macs_per_token)
     return "-".join(str(part) for part in shape)
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The non-decreasing numbers nearest to some, by least squares: pools of neighbours."""
+    pools: list[tuple[float, int]] = []  # mean, and of how many
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, many = pools.pop()
+            mean = (before * many + mean * count) / (many + count)
+            count += many
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _interpolate(points: Mapping[int, float], units: int) -> tuple[int, ...]:
@@ -179,7 +200,9 @@ def _points(
             else:
                 total -= part * points[right]
         points[width] = total / alike
-    return points
+    widths = sorted(points)
+    first, *rest = (points[width] for width in widths)  # the least width adds nothing
+    return dict(zip(widths, [first, *_rising([max(first, value) for value in rest])], strict=True))
 
 
 def measure_latency_table(
@@ -195,7 +218,9 @@ def measure_latency_table(
     Each measured model has all sites of one kind at one width and all others at their least, so
     that what is timed are whole models, with their overheads and caches. What one site adds is the
     difference to the least model, shared among the sites of that kind, and scaled so that the table
-    adds up to the time of the model as it is.
+    adds up to the time of the model as it is. A wider site is never cheaper: where times say so,
+    the nearest ones that do not are taken. A table in which the least model is no faster than the
+    whole is measured again.
 
     Args:
         model: not changed.
@@ -204,6 +229,16 @@ def measure_latency_table(
         empty: whether sites may lose all units, so that the width 0 is timed too.
         rounds: over all models.
     """
+    for _ in range(TRIES):
+        table = _measured_once(model, sites, shape, empty=empty, rounds=rounds)
+        if table.makes_sense:
+            break
+    return table
+
+
+def _measured_once(
+    model: PreTrainedModel, sites: Sequence[Site], shape: Shape, *, empty: bool, rounds: int
+) -> LatencyTable:
     counts, about = _variants(sites, empty)
     models = {name: shaped_like(model, each) for name, each in counts.items()}
     times = compare_latency(
@@ -264,6 +299,7 @@ def _key(model: PreTrainedModel, sites: Sequence[Site], shape: Shape, empty: boo
         "shape": asdict(shape),
         "device": [device.type, named, platform.machine(), os.cpu_count()],
         "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
         "software": [torch.__version__, transformers.__version__],
         **({"empty": True} if empty else {}),
     }
@@ -332,6 +368,14 @@ def latency_table(
     if table is not None:
         return table
     table = measure_latency_table(model, sites, shape, empty=empty)
-    if cache:
+    if not table.makes_sense:
+        logger.warning(
+            "the latency table makes no sense: the model takes %.2f ms, and %.2f ms with hardly a "
+            "unit left. Time is not in what can be removed, or the machine is busy; the table is "
+            "not kept.",
+            table.total_ns / NS_PER_MS,
+            table.fixed_ns / NS_PER_MS,
+        )
+    elif cache:
         _keep(table, path)
     return table

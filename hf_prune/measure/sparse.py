@@ -160,7 +160,15 @@ def _chosen(model: nn.Module, kernel: _Kernel) -> dict[str, nn.Linear]:
     Raises:
         ConfigError: when it takes the dtype of none.
     """
-    found = ((name, _as_linear(module)) for name, module in model.named_modules())
+    fused = {  # torch reads their weights, and never calls them
+        layer
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for layer in module.modules()
+    }
+    found = (
+        (name, _as_linear(module)) for name, module in model.named_modules() if module not in fused
+    )
     layers = {name: layer for name, layer in found if layer is not None}
     dtypes = {layer.weight.dtype for layer in layers.values()}
     if dtypes and not dtypes & set(kernel.dtypes):

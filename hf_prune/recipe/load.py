@@ -108,10 +108,10 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path} is not UTF-8 text.") from error
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
     if "template" in location:
         return known_template_keys(location[location.index("template") + 1 :])
-    models: tuple[type[BaseModel], ...] = (Recipe,)
+    models: tuple[type[BaseModel], ...] = (root,)
     nested: dict[str, type[BaseModel]] = {
         "schedule": Schedule,
         "target": Target,
@@ -126,8 +126,13 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return [name for model in models for name in model.model_fields]
 
 
-def explain(error: ValidationError) -> str:
-    """What is wrong with plain data: one line for each mistake, with its place."""
+def explain(error: ValidationError, root: "type[BaseModel] | None" = None) -> str:
+    """What is wrong with plain data: one line for each mistake, with its place.
+
+    Args:
+        error: of validation.
+        root: what was validated; a recipe, if it is not given.
+    """
     lines = []
     for item in error.errors(include_url=False):
         location = item["loc"]
@@ -136,7 +141,7 @@ def explain(error: ValidationError) -> str:
         )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1])
+            known = _known_keys(location[:-1], root or Recipe)
             message = f"unknown key{did_you_mean(str(location[-1]), known)}"
         if item["type"] == "union_tag_invalid" and location[-1] == "template":
             tag = str(item["ctx"]["tag"])

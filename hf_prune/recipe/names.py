@@ -62,8 +62,12 @@ class Names:
         for pattern in patterns:
             if _fits(pattern, self.known) or _fits(pattern, self.also):
                 continue
-            end = did_you_mean(pattern, self.known, {*self.also, *self.holding, *self.others})
+            others = {*self.also, *self.holding, *self.others} - {pattern}
+            end = did_you_mean(pattern, self.known, others)
             if _fits(pattern, self.holding):
+                inside = f"{pattern}.*"
+                if _fits(inside, self.known):
+                    end = f": write {inside!r}."
                 raise ConfigError(
                     f"ignore: the pattern {pattern!r} fits something that holds what is pruned, "
                     f"but nothing that can be left alone by that name{end}"

@@ -44,6 +44,9 @@ def _of_units(stage: "Prune") -> Mapping[str, bool]:
         and (stage.round_to > 1 or stage.even),
         "round_to is for neurons and channels: leave it out": stage.round_to > 1
         and not kinds & {"neurons", "expert_neurons", "hidden"},
+        "ignore is of sites and parameters, and the hidden width is one for all: leave it out": (
+            kinds == {"hidden"} and bool(stage.ignore)
+        ),
         "min_heads is for heads: leave it out": stage.min_heads != 1
         and not kinds & {"heads", "query_heads"},
         "min_neurons is for neurons: leave it out": stage.min_neurons != 1

@@ -1,13 +1,11 @@
 """How single weights are chosen, and what the others become."""
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hf_prune.recipe.model import Model
-
-_PATTERN = r"unstructured|[1-9][0-9]{0,3}[:x][1-9][0-9]{0,3}"
-
 
 ITERATIONS = 12
 """Default iterations of ADMM."""
@@ -15,6 +13,28 @@ PENALTY = 0.5
 """Default penalty of ADMM, where every input has mean square one."""
 REFIT_STEPS = 10
 """Default conjugate-gradient steps of a re-fit."""
+
+
+def split_pattern(text: str) -> tuple[str, int, int]:
+    """The kind of a pattern, `unstructured`, `n:m` or `block`, and its two numbers, or zeros.
+
+    Raises:
+        ValueError: for anything else, or an n that is not in [1, m).
+    """
+    if text == "unstructured":
+        return text, 0, 0
+    match = re.fullmatch(r"([1-9][0-9]{0,3})([:x])([1-9][0-9]{0,3})", text)
+    if match is None:
+        raise ValueError(
+            f"unknown pattern {text!r}: write unstructured, n:m such as 2:4, or rows x columns of "
+            "a block such as 4x4."
+        )
+    first, second = int(match[1]), int(match[3])
+    if match[2] == "x":
+        return "block", first, second
+    if first >= second:
+        raise ValueError(f"pattern {text!r} keeps {first} of {second}: nothing would go.")
+    return "n:m", first, second
 
 
 class Weights(Model):
@@ -25,7 +45,7 @@ class Weights(Model):
     key of `hf_prune.weights.problem.CRITERIA`; `admm`, if not given."""
     solver: str | None = None
     """In such a stage, as `solver` of a stage of weights alone; `uniform`, if not given."""
-    pattern: str = Field(default="unstructured", pattern=rf"^({_PATTERN})$")
+    pattern: str = "unstructured"
     """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
     rows x columns (`4x1`)."""
     threshold_std: float | None = Field(default=None, gt=0)
@@ -53,6 +73,12 @@ class Weights(Model):
     """Penalty of `admm`, where every input has mean square one."""
     refit_steps: int = Field(default=REFIT_STEPS, ge=1)
     """Conjugate-gradient steps of the re-fit that `reconstruct` turns on."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str) -> str:
+        split_pattern(pattern)
+        return pattern
 
     @property
     def removes_dead(self) -> bool:

@@ -13,9 +13,20 @@ _TITLES = {
 
 
 def sensitivity_tables(found: Sensitivity) -> list[Table]:
-    """What is known of logits, loss and accuracy as more and more of each site is masked."""
+    """Logits, loss and accuracy as more and more of each site is masked; how criteria agree."""
     known = next(iter(found.curves.values()), {})
-    return [_table(found, name) for name in _TITLES if name in known]
+    tables = [_table(found, name) for name in _TITLES if name in known]
+    return [*tables, _agreement(found)] if len(found.agreement) > 1 else tables
+
+
+def _agreement(found: Sensitivity) -> Table:
+    table = Table(title="Agreement of criteria: rank correlation of units, mean over sites")
+    table.add_column("criterion")
+    for name in found.agreement:
+        table.add_column(name, justify="right")
+    for name, others in found.agreement.items():
+        table.add_row(name, *(f"{others[other]:.2f}" for other in found.agreement))
+    return table
 
 
 def _table(found: Sensitivity, name: str) -> Table:

@@ -144,6 +144,8 @@ def by_optuna(
 ) -> None:
     """Try points by a tree-structured Parzen estimator, until trials or time are over.
 
+    Nothing is left to try once everything that is asked for was good.
+
     Args:
         attempt: as in `by_bisection`.
         floor: trials.
@@ -166,10 +168,12 @@ def by_optuna(
         scale = trial.suggest_float("scale", 0.0, 1.0)
         found = {name: trial.suggest_float(name, -LARGEST_TILT, LARGEST_TILT) for name in tilts}
         tried = attempt(Point(scale, **found))
+        trial.set_user_attr("good", tried.good)
         return tried.removed if tried.good else -scale  # the less asked for, the likelier good
 
-    def stop(study: optuna.Study, _: object) -> None:
-        if late():
+    def stop(study: optuna.Study, trial: "optuna.trial.FrozenTrial") -> None:
+        everything = trial.params["scale"] >= 1 and trial.user_attrs["good"]
+        if late() or everything:
             study.stop()
 
     verbosity = optuna.logging.get_verbosity()

@@ -58,6 +58,8 @@ def example_batch(
 ) -> dict[str, torch.Tensor]:
     """Inputs for measuring, on the model's device: `[B, T]` token ids, all of them real tokens.
 
+    Images and sound are in the model's dtype.
+
     Encoder-decoders get as many for the decoder, models of multiple choice one choice,
     `[B, 1, T]`. Images, and sound for Whisper, have the one size
     that their model takes, whatever the length.
@@ -87,4 +89,7 @@ def example_batch(
             inputs["decoder_input_ids"] = ids
     if is_a(model, "ForMultipleChoice"):
         inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}  # [B, 1, T]
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_prune.errors import NumericsError
 from hf_prune.plan import Plan, SitePlan
 from hf_prune.recipe import Prune
 from hf_prune.sites import (
@@ -174,7 +175,11 @@ class _Walk:
         """One factor for each unit, or all weights, or the one and then the other."""
         by_unit: Solve = partial(rescaled, width=site.gate.width)
         both = ((by_unit, self.rescale), (solve_towards, self.least_squares))
-        fit_(module, (fitted, held_out), self.ridge, [solve for solve, wanted in both if wanted])
+        solves = [solve for solve, wanted in both if wanted]
+        try:
+            fit_(module, (fitted, held_out), self.ridge, solves)
+        except NumericsError as error:
+            raise NumericsError(f"{site.gate.module}: {error}") from error
 
     def _go_on(self, site: Site, module: nn.Module, passed: Sequence[Seen]) -> None:
         """The layer's output with the new weights, from what was seen with the old ones."""

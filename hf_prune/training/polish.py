@@ -8,6 +8,7 @@ Source: recovery through normalisation alone is that of Frankle et al. 2020, arX
 train nothing else; the target here is the dense network's distribution.
 """
 
+import fnmatch
 import math
 from collections.abc import Sequence
 
@@ -109,6 +110,7 @@ def polish_(
     *,
     steps: int,
     learning_rate: float = 1e-3,
+    ignore: Sequence[str] = (),
 ) -> dict[str, float | bool]:
     """Train norms and biases towards the dense network's distribution, in place.
 
@@ -120,6 +122,8 @@ def polish_(
         judges: batches of other examples, to which nothing was fitted, as `with_judges` gives them.
         steps: of Adam, its rate falling to zero.
         learning_rate: at the start.
+        ignore: shell patterns of parameters, with or without the name of the base model, that are
+            left alone, as a stage has them.
 
     Returns:
         `before` and `after`, the divergence in nats on the examples that judge, and whether the
@@ -131,7 +135,17 @@ def polish_(
     """
     if not batches:
         raise DataError("a polish needs calibration batches.")
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    prefix = f"{model.base_model_prefix}."
+    vectors = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1
+        and not any(
+            fnmatch.fnmatchcase(each, pattern)
+            for pattern in ignore
+            for each in (name, name.removeprefix(prefix))
+        )
+    ]
     old = [vector.detach().clone() for vector in vectors]
     wanted = [vector.requires_grad for vector in vectors]
     kept = False

@@ -22,6 +22,7 @@ from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.surgery.dead import remove_dead_
 from hf_prune.training.optimizer import mask_gradients_, mask_states_
 from hf_prune.training.sharded import refuse_sharded
+from hf_prune.weights.find import find_weights
 from hf_prune.weights.masks import (
     WEIGHT_SOLVERS,
     Masks,
@@ -257,15 +258,24 @@ def _finite(values: Iterable[Tensor]) -> bool:
     return all(bool(value.sum().isfinite()) or bool(value.isfinite().all()) for value in values)
 
 
+def zeros_of(model: nn.Module) -> Masks:
+    """Masks of the exact zeros in the prunable matrices of a model, where there are some."""
+    masks = {name: weight.detach() != 0 for name, weight in find_weights(model).items()}
+    return {name: mask for name, mask in masks.items() if not bool(mask.all())}
+
+
 class KeepZeros(TrainerCallback):
     """Keeps single weights at exactly zero while any Trainer trains, whatever its optimizer.
 
     Args:
-        masks: by parameter name, True = keep; `compress(...).masks`, or from `magnitude_masks`.
+        masks: by parameter name, True = keep; `compress(...).masks`, or from `magnitude_masks`. If
+            not given, every exact zero of a prunable matrix stays zero: of a pruned model that was
+            loaded, these are the ones.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self.masks = dict(masks)
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        self.given = masks
+        self.masks = dict(masks or {})
         self._write = ZeroWriter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -275,6 +285,8 @@ class KeepZeros(TrainerCallback):
             ConfigError: for sharded training, where masks do not fit the parts of parameters.
         """
         refuse_sharded(args, "KeepZeros")
+        if self.given is None:
+            self.masks = zeros_of(kwargs["model"])
         apply_masks_(kwargs["model"], self.masks)
         mask_states_(kwargs.get("optimizer"), kwargs["model"], self.masks)
 

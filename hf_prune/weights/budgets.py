@@ -247,14 +247,16 @@ def _within_room(matrices: Sequence[Matrix], removed: Removed, pattern: Pattern)
         result[matrix.name] = [min(count, room) for count in removed[matrix.name]]
         if not room and any(removed[matrix.name]):
             whole.append(matrix.name)
-        elif pattern.kind == "unstructured" and result[matrix.name] != removed[matrix.name]:
+        elif result[matrix.name] != removed[matrix.name]:
             emptied.append(matrix.name)
+    smallest = f"one block of {pattern}" if pattern.kind == "block" else "one weight"
     if whole:
-        smallest = f"one block of {pattern}" if pattern.kind == "block" else "one weight"
         logger.warning("no larger than %s, and left as they are: %s", smallest, ", ".join(whole))
     if emptied:
         logger.warning(
-            "the budget would leave nothing of %s: one weight of each stays", ", ".join(emptied)
+            "the budget would leave nothing of %s: %s of each stays, and less goes than was asked",
+            ", ".join(emptied),
+            smallest,
         )
     return result
 

@@ -19,6 +19,7 @@ from hf_prune.recipe import Names, did_you_mean
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Names of the matrices of torch's attention where queries, keys and values differ in width."""
 EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -118,7 +119,7 @@ def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]
         for key, parameter in module.named_parameters(recurse=False):
             if key.startswith(("weight_ih", "weight_hh")):  # projections of states are left alone
                 yield Matrix(f"{prefix}.{key}" if prefix else key, prefix, "recurrent", parameter)
-    elif isinstance(module, nn.Embedding) and embeddings:
+    elif isinstance(module, EMBEDDINGS) and embeddings:
         yield Matrix(name, prefix, "embedding", module.weight)
     else:
         yield from _experts(prefix, module)
@@ -145,7 +146,7 @@ def _matches(found: _Named, patterns: Sequence[str]) -> bool:
 def _by_parameter(model: nn.Module, *, embeddings: bool) -> dict[int, _Named]:
     embedded: set[int] = set()
     if not embeddings:
-        embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        embedded = {id(m.weight) for m in model.modules() if isinstance(m, EMBEDDINGS)}
     inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     found: dict[int, _Named] = {}
     for prefix, module in model.named_modules():

@@ -173,7 +173,9 @@ def main_tensor(module: nn.Module, call: Call) -> Tensor:
     if not isinstance(value, Tensor):
         raise UnsupportedModelError(
             f"{type(module).__name__} was called with a {type(value).__name__}; only tensors are "
-            "followed. Pass padded tensors instead of packed sequences."
+            "followed. Pass padded tensors instead of packed sequences, leave the module out with "
+            "ignore, or prune it without its inputs: criterion='magnitude', reconstruct=False, "
+            "weights={'dense_target': False}."
         )
     return value
 

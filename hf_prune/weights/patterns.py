@@ -4,7 +4,6 @@ A mask is exact by construction: ties go in the order of their indices, and a co
 divide by the number of rows is spread over rows by the scores themselves.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from torch.nn.functional import pad
 
 from hf_prune.errors import ConfigError
 from hf_prune.recipe import count_to_remove
+from hf_prune.recipe.weights import split_pattern
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,11 @@ def parse_pattern(text: str, *, rows: bool = False) -> Pattern:
     Raises:
         ConfigError: for anything else, or an n that is not in [1, m).
     """
-    if text == "unstructured":
-        return Pattern(rows=rows)
-    match = re.fullmatch(r"([1-9][0-9]{0,3})([:x])([1-9][0-9]{0,3})", text)
-    if match is None:
-        raise ConfigError(
-            f"unknown pattern {text!r}: write unstructured, n:m such as 2:4, or rows x columns of "
-            "a block such as 4x4."
-        )
-    first, second = int(match[1]), int(match[3])
-    if match[2] == "x":
-        return Pattern("block", first, second)
-    if first >= second:
-        raise ConfigError(f"pattern {text!r} keeps {first} of {second}: nothing would go.")
-    return Pattern("n:m", first, second)
+    try:
+        kind, first, second = split_pattern(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Pattern(kind, first, second, rows=rows and kind == "unstructured")
 
 
 def removed_by(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> int:

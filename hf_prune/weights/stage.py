@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError, DataError, NumericsError
-from hf_prune.recipe import Prune, did_you_mean, explain
+from hf_prune.recipe import Prune, count_to_remove, did_you_mean, explain
 from hf_prune.statistics.ridge import generates, ridge_of
 from hf_prune.weights.budgets import BUDGETS, OUTLIER_RANGE, Removed, allot
 from hf_prune.weights.find import Matrix, find_matrices
@@ -238,6 +238,9 @@ def _entry(
     """What the report says of a stage."""
     total = sum(mask.numel() for mask in result.masks.values())
     gone = total - sum(int(mask.sum()) for mask in result.masks.values())
+    asked = None
+    if options.pattern.kind != "n:m" and stage.single.threshold_std is None:
+        asked = count_to_remove(stage.fraction, total)
     entry: dict[str, Any] = {
         "kind": "weights",
         "criterion": stage.criterion,
@@ -248,6 +251,8 @@ def _entry(
         "sparsity": gone / total,
         "mean_relative_error": _mean(list(result.errors.values())),
     }
+    if asked is not None:
+        entry |= {"asked_to_remove": asked, "met": gone >= asked}
     if options.pattern.kind == "n:m" and stage.solver != "uniform":
         entry["kept_of_m"] = {
             m.name: options.pattern.at(removed[m.name][0], _shape(m)).first for m in matrices
@@ -277,7 +282,7 @@ def sparsify_(
     later stages of `compress` know which zeros were chosen.
 
     Args:
-        module: left in the mode that it was in.
+        module: left in the mode that it was in. An error midway leaves it half pruned.
         batches: calibration inputs: tensors, tuples or lists of arguments, or dicts for
             transformers; a DataLoader of them, too. Not needed with `criterion="magnitude",
             reconstruct=False, weights={"dense_target": False}`.
@@ -301,6 +306,8 @@ def sparsify_(
             packed experts are not known.
     """
     stage = _own_stage(fields)
+    if isinstance(batches, Mapping | Tensor):
+        raise DataError("sparsify_ takes several batches: pass a list of them, [batch].")
     folder = None if progress is None else Path(progress)
     given = [_as_arguments(module, batch) for batch in batches]
     return prune_stage_(module, stage, given, seed, progress=folder)[0]
@@ -317,7 +324,7 @@ def _own_stage(fields: Mapping[str, Any]) -> Prune:
     try:
         stage = Prune(units=("weights",), **_without_lists(fields))
     except ValidationError as error:
-        raise ConfigError(f"sparsify_: {explain(error)}") from error
+        raise ConfigError(f"sparsify_: {explain(error, Prune)}") from error
     if stage.model_fields_set & {"calibration_samples", "min_calibration_samples"}:
         raise ConfigError(
             "sparsify_ reads all batches that it is given: pass fewer, in the place of "

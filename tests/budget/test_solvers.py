@@ -13,7 +13,8 @@ from integer_program import least_error
 from hf_prune.budget import bounded
 from hf_prune.budget.allocate import _best_pair, allocate, total_error
 from hf_prune.budget.costs import Goal, make_goal
-from hf_prune.budget.levels import even_counts, levels_of, stage_levels
+from hf_prune.budget.even import allocate_evenly, even_counts
+from hf_prune.budget.levels import levels_of, stage_levels
 from hf_prune.budget.selection import decide
 from hf_prune.budget.solvers import SOLVERS, get_solver
 from hf_prune.criteria.ranking import Ranking
@@ -456,6 +457,38 @@ def test_floors_of_sites_and_empty_sublayers(tiny, solver):
         "encoder.layer.1.attention": 0,
         "encoder.layer.1.ffn": 24,
     }
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 999), share=st.floats(0.05, 0.95), goals=st.integers(1, 2))
+def test_no_even_plan_is_better(seed, share, goals):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = {"heads": 4, "neurons": 6}
+    sites = [toy_site(f"{kind}.{i}", kind, n) for kind, n in kinds.items() for i in range(3)]
+    rankings = {
+        site.name: Ranking.from_scores(torch.rand(site.units, generator=generator))
+        for site in sites
+    }
+    wanted = []
+    for _ in range(goals):
+        prices = {kind: int(torch.randint(1, 9, (1,), generator=generator)) for kind in kinds}
+        tables = {s.name: tuple(n * prices[s.kind] for n in range(s.units + 1)) for s in sites}
+        total = sum(table[-1] for table in tables.values())
+        wanted.append(Goal("macs", tables, total, int(share * total)))
+    levels = {site.name: list(range(1, site.units + 1)) for site in sites}
+    found = allocate_evenly(sites, rankings, wanted, solver="knapsack", levels=levels)
+    plans = [
+        {site.name: dict(heads=h, neurons=n)[site.kind] for site in sites}
+        for h in range(1, kinds["heads"] + 1)
+        for n in range(1, kinds["neurons"] + 1)
+    ]
+    fitting = [p for p in plans if all(goal.spent(p) <= goal.budget for goal in wanted)]
+    if not fitting:
+        assert found == plans[0], "the floors"
+        return
+    assert found in fitting
+    least = min(total_error(sites, rankings, plan) for plan in fitting)
+    assert total_error(sites, rankings, found) == pytest.approx(least)
 
 
 def test_even_widths_honour_every_floor():

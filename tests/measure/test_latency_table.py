@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
 
 from hf_prune.measure import latency_table as module
 from hf_prune.measure.counts import count_parameters
@@ -42,6 +45,56 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(module, "compare_latency", compare)
     return calls
+
+
+def test_widths_that_were_held_up_are_smoothed(tiny, clock, monkeypatch):
+    """Neighbours share a hiccup, in the place of all wider ones paying for it."""
+    compare = module.compare_latency
+
+    def held_up(models, **options):
+        times = compare(models, **options)
+        late = next(name for name in times if "heads" in name and name.endswith("@2"))
+        value = times[late].median_ms + 2.2
+        times[late] = Latency(value, value, value, value / times["full"].median_ms)
+        return times
+
+    monkeypatch.setattr(module, "compare_latency", held_up)
+    model = tiny("bert")
+    sites = find_sites(model)
+    table = measure_latency_table(model, sites, SHAPE, rounds=2)
+    heads = next(site for site in sites if site.kind == "heads")
+    prices = [value / 1e6 for value in table.tables(sites)[heads.name]]
+    assert prices[1:] == pytest.approx([0, 1.6, 1.6, 2.1], abs=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=12))
+def test_the_nearest_rising_numbers(values):
+    found = module._rising(values)
+    expected = IsotonicRegression().fit_transform(range(len(values)), values)
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_a_table_that_makes_no_sense_is_not_kept(tiny, clock, monkeypatch, tmp_path, caplog):
+    model, tries = tiny("bert"), []
+    sites = find_sites(model)
+    compare = module.compare_latency
+
+    def hiccup(models, **options):
+        tries.append(1)
+        times = compare(models, **options)
+        slow = 2 * times["full"].median_ms
+        return times | {"least": Latency(slow, slow, slow, 2.0)}
+
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "compare_latency", hiccup)
+    latency_table(model, sites, SHAPE)
+    assert len(tries) == module.TRIES
+    assert "makes no sense" in caplog.text
+    assert not list(tmp_path.rglob("*.json"))
+    monkeypatch.setattr(module, "compare_latency", compare)
+    assert latency_table(model, sites, SHAPE).makes_sense
+    assert list(tmp_path.rglob("*.json"))
 
 
 def test_a_linear_machine_is_learned_exactly(tiny, clock):

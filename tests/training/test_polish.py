@@ -45,6 +45,19 @@ def test_it_comes_nearer_on_examples_it_has_not_seen(name, case, inputs_for, log
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_is_ignored_is_left_alone(case):
+    model, dense, batches, _ = case("bert")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    ignore = ("encoder.layer.0.*", "classifier.bias")
+    found = polish_(
+        model, dense, *with_judges(dense, batches), steps=24, learning_rate=5e-3, ignore=ignore
+    )
+    assert found["kept"]
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, state[k])}
+    assert not any("layer.0." in name or name == "classifier.bias" for name in moved)
+    assert any("layer.1." in name for name in moved)
+
+
 def test_what_makes_it_worse_is_taken_back(case):
     model, dense, batches, _ = case("bert")
     state = {k: v.clone() for k, v in model.state_dict().items()}

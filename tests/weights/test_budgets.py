@@ -554,7 +554,6 @@ def test_ranks_by_row_where_models_generate(tiny, inputs_for):
             {"weights": {"pattern": "1:4"}, "sparsity": None, "solver": "knapsack"},
             "1:4: no matrix can keep less, .* or 2:8",
         ),
-        ({"weights": {"pattern": "5:4"}}, "keeps 5 of 4"),
         ({"projections": 2}, "projections=2: criterion 'admm' draws none"),
         ({"projections": 2, "criterion": "sensitivity"}, "criterion 'sensitivity' draws none"),
         (
