@@ -75,7 +75,14 @@ def _pruning(stages: tuple[Prune, ...], seed: int, calibration: Sequence[Batch] 
         structure = StructuredPruning(first, seed, calibration)
     else:
         structure = LearnedPruning(first, seed)
-    return JointPruning(structure, WeightPruning(stages[1])) if stages[1:] else structure
+    if not stages[1:]:
+        return structure
+    if stages[1].single.pattern != "unstructured":
+        raise ConfigError(
+            f"pattern {stages[1].single.pattern} would lose its neighbours with the units that go "
+            "in the same training: write two trainings, or leave the pattern out."
+        )
+    return JointPruning(structure, WeightPruning(stages[1]))
 
 
 def _check_arguments(args: Any, stage: Prune) -> None:

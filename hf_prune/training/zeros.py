@@ -1,7 +1,7 @@
 """Single weights that become zero while a model trains, and stay zero."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hf_prune.errors import (
     UnsupportedModelError,
 )
 from hf_prune.plan import Plan
-from hf_prune.recipe import Prune, did_you_mean
+from hf_prune.recipe import Prune, count_to_remove, did_you_mean
 from hf_prune.sites import find_sites
 from hf_prune.statistics.collect import sum_over_processes
 from hf_prune.surgery.dead import remove_dead_
@@ -31,6 +31,7 @@ from hf_prune.weights.masks import (
     count_kept,
     magnitude_masks,
 )
+from hf_prune.weights.patterns import Pattern, keep, parse_pattern, room_of
 from hf_prune.weights.stage import find_stage
 
 TRAINING_CRITERIA = ("magnitude", "movement")
@@ -72,11 +73,16 @@ class WeightPruning:
                 )
         if self.stage.projections > 1:
             raise ConfigError("projections are of one shot: training draws none, leave them out.")
-        if self.stage.single.pattern != "unstructured":
+        if self.pattern.kind != "unstructured" and self.stage.solver != "uniform":
             raise ConfigError(
-                f"pattern {self.stage.single.pattern} cannot grow with a schedule: prune in one "
-                "shot with compress(), and keep the zeros with KeepZeros while training."
+                f"pattern {self.pattern} grows with a schedule in every matrix alike: write "
+                "solver: uniform."
             )
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where zeros may be in the end."""
+        return parse_pattern(self.stage.single.pattern)
 
     def start(self, model: nn.Module) -> None:
         """Nothing is masked yet.
@@ -157,12 +163,36 @@ class WeightPruning:
             name: scores[name].flatten()[places.to(scores[name].device)]
             for name, places in self.inside.items()
         }
-        chosen = magnitude_masks(inside or scores, sparsity, self.stage.solver)
+        if self.pattern.kind == "unstructured":
+            chosen = magnitude_masks(inside or scores, sparsity, self.stage.solver)
+        else:
+            chosen = self._in_pattern(scores, sparsity, share)
         self.masks = {
             name: (self._whole(name, mask) if inside else mask).to(self._device())
             for name, mask in chosen.items()
         }
         apply_masks_(self.model, self.masks)
+
+    def _in_pattern(self, scores: Mapping[str, Tensor], sparsity: float, share: float) -> Masks:
+        """Masks of a pattern: more blocks go at each decision, and n of `n:m` falls from m."""
+        assert self.model is not None  # noqa: S101  # start() came first
+        pattern, chosen = self.pattern, Masks()
+        if pattern.kind == "n:m":
+            n, m = pattern.first, pattern.second
+            pattern = replace(pattern, first=m - int(share * (m - n)))
+        for matrix in find_stage(self.model, self.stage):
+            values = matrix.view(scores[matrix.name].detach().abs())
+            earlier = self.masks.get(matrix.name)
+            whole = torch.ones_like(matrix.parameter, dtype=torch.bool, device=values.device)
+            allowed = matrix.view(whole if earlier is None else earlier.to(values.device)).clone()
+            for group, value in enumerate(values):
+                room = room_of(pattern, (value.shape[0], value.shape[1]))
+                removed = min(count_to_remove(sparsity, value.numel()), room)
+                if pattern.kind == "n:m" and pattern.first == pattern.second:
+                    continue  # nothing goes yet
+                matrix.write_(whole, group, keep(value, removed, pattern, allowed[group]))
+            chosen[matrix.name] = whole
+        return chosen
 
     def _whole(self, name: str, mask: Tensor) -> Tensor:
         """A mask of the entries inside as one of the whole matrix."""

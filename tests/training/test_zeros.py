@@ -1,12 +1,14 @@
 """Zeros stay zero: every optimizer, accumulation, half precision, checkpoints, adapters."""
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2ForSequenceClassification, Trainer, TrainingArguments
 
 from hf_prune import KeepZeros, PruneCallback
 from hf_prune.errors import (
@@ -18,7 +20,7 @@ from hf_prune.errors import (
 )
 from hf_prune.recipe import Prune, Schedule
 from hf_prune.training.zeros import WeightPruning, merge_adapter
-from hf_prune.weights.find import find_weights
+from hf_prune.weights.find import find_matrices, find_weights
 from hf_prune.weights.masks import ZeroWriter, apply_masks_, magnitude_masks
 
 
@@ -242,6 +244,18 @@ def test_movement_names_what_does_not_learn(tiny, tmp_path):
     assert_zero(dict(model.named_parameters()), callback.masks)
 
 
+def test_the_zeros_of_a_loaded_model(tiny, tmp_path):
+    model = tiny("bert")
+    masks = magnitude_masks(find_weights(model, ["classifier*"]), 0.6)
+    apply_masks_(model, masks)
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = type(model).from_pretrained(tmp_path / "sparse")
+    callback = KeepZeros()
+    train(loaded, tmp_path, callback)
+    assert callback.masks.keys() == masks.keys()
+    assert_zero(dict(loaded.named_parameters()), masks)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 def test_adapters_are_not_pruned(tiny, tmp_path):
     model = tiny("bert")
@@ -391,9 +405,48 @@ def test_movement_is_the_sum_of_minus_weight_times_gradient():
     assert torch.equal(copy.masks["0.weight"], pruning.masks["0.weight"])
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "movement"])
+@pytest.mark.parametrize(("name", "pattern"), [("bert", "2:4"), ("gpt2", "1:4"), ("gpt2", "4x2")])
+def test_patterns_grow_until_they_are_whole(criterion, name, pattern, tiny, tmp_path):
+    model, seen = tiny(name), []
+    if name == "gpt2":  # whose matrices are stored the other way round
+        model.config.num_labels, model.config.pad_token_id = 3, 0
+        model = GPT2ForSequenceClassification(model.config)
+    given = {
+        "weights": {"pattern": pattern, "remove_dead": False},
+        "ignore": ["score*", "classifier*"],
+    }
+    blocks = "x" in pattern
+    callback = PruneCallback(recipe(criterion=criterion, sparsity=0.5 if blocks else None, **given))
+    decide = callback.pruning.decide
+
+    def watched(share):
+        decide(share)
+        seen.append({n: m.clone() for n, m in callback.masks.items()})
+
+    callback.pruning.decide = watched
+    train(model, tmp_path, callback)
+    assert_zero(dict(model.named_parameters()), callback.masks)
+    assert len(seen) > 1
+    for before, after in itertools.pairwise(seen):
+        for key, mask in after.items():
+            assert not (mask & ~before[key]).any(), "zeros never come back"
+    first, last = (sum(int((~m).sum()) for m in masks.values()) for masks in (seen[0], seen[-1]))
+    assert first < last
+    for matrix in find_matrices(model, ignore=given["ignore"]):
+        mask = matrix.view(callback.masks[matrix.name])
+        if blocks:
+            tiles = mask.unflatten(2, (-1, 2)).unflatten(1, (-1, 4)).transpose(2, 3).flatten(3)
+            assert torch.equal(tiles.any(-1), tiles.all(-1)), "whole blocks"
+            assert (~mask).float().mean() == pytest.approx(0.5, abs=0.02)
+        else:
+            n, m = map(int, pattern.split(":"))
+            assert (mask.unflatten(2, (-1, m)).sum(-1) == n).all(), matrix.name
+
+
 def test_what_cannot_grow_is_refused():
-    told = recipe(criterion="magnitude", weights={"pattern": "2:4"}, sparsity=None)
-    with pytest.raises(ConfigError, match="pattern 2:4 cannot grow with a schedule"):
+    told = recipe(criterion="magnitude", weights={"pattern": "4x4"}, solver="global")
+    with pytest.raises(ConfigError, match="grows with a schedule in every matrix alike"):
         PruneCallback(told)
     with pytest.raises(ConfigError, match="criterion 'admm' is not for single weights while"):
         PruneCallback(recipe())
