@@ -29,13 +29,18 @@ class Call:
 
 @dataclass
 class Stream:
-    """One batch on its way through both networks. `calls` is by the name of the layer."""
+    """One batch on its way through both networks. `calls` is by the name of the layer.
+
+    `pruned_calls` are those of the pruned network, where they differ: a decoder is called with what
+    its encoder gave.
+    """
 
     mask: Tensor  # [B, T], True for real tokens
     dense: Tensor  # [B, T, E]
     pruned: Tensor  # [B, T, E]
     calls: dict[str, Call]
     order: list[str] = field(default_factory=list)  # names of layers, each as often as it ran
+    pruned_calls: dict[str, Call] | None = None
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -19,28 +19,30 @@ from hf_prune.weights.find import Matrix, set_values_
 from hf_prune.weights.inputs import never_ran, real_rows
 from hf_prune.weights.patterns import keep
 from hf_prune.weights.problem import Options
+from hf_prune.weights.walk import Real
 
 
 def _squares(
-    modules: Mapping[str, nn.Module], run: Callable[[int], Any], masks: Sequence[Tensor | None]
+    layer: nn.Module, local: Mapping[str, str], run: Callable[[int], Any], real: Sequence[Real]
 ) -> dict[str, Tensor]:
     """The mean square of every input over real tokens of all processes, `[C]` in float64."""
+    modules = {name: layer.get_submodule(inner) for name, inner in local.items()}
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(modules, 0)
-    mask: list[Tensor | None] = [None]
+    now: list[Real] = [Real()]
     handles = []
     for name, module in modules.items():
 
         def add(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            rows = real_rows(args[0].detach(), mask[0])
+            rows = real_rows(args[0].detach(), now[0].of(local[name]))
             found = rows.float().square().sum(dim=0).double()
             sums[name] = sums[name] + found if name in sums else found
             counts[name] += len(rows)
 
         handles.append(module.register_forward_pre_hook(add))
     try:
-        for index, here in enumerate(masks):
-            mask[0] = here
+        for index, here in enumerate(real):
+            now[0] = here
             run(index)
     finally:
         for handle in handles:
@@ -61,7 +63,7 @@ def prune_by_norms(
     options: Options,
     *,
     run: Callable[[int], Any],
-    masks: Sequence[Tensor | None],
+    real: Sequence[Real],
 ) -> Iterator[tuple[Matrix, Tensor, float]]:
     """Prune the linear matrices of a layer by `|W| * norm of the input`, in place.
 
@@ -72,7 +74,7 @@ def prune_by_norms(
         removed: entries to remove from each matrix, by parameter name.
         options: of which the pattern and the masks of earlier stages count.
         run: runs the layer on a batch, given by its number.
-        masks: real tokens of each batch, `[B, T]`.
+        real: which tokens of each batch are real, by names in the layer.
 
     Yields:
         Each matrix, its mask, and the share of its outputs' mean square that is lost, if inputs
@@ -82,8 +84,7 @@ def prune_by_norms(
         NumericsError: when inputs are not finite, naming the parameter.
         UnsupportedModelError: when calibration never runs a matrix.
     """
-    modules = {name: layer.get_submodule(local[name]) for name in {m.module for m in matrices}}
-    squares = _squares(modules, run, masks)
+    squares = _squares(layer, {m.module: local[m.module] for m in matrices}, run, real)
     for matrix in matrices:
         if matrix.module not in squares:
             raise never_ran([matrix.module])

@@ -16,10 +16,9 @@ from hf_prune.weights.walk import Inputs, call_model
 def known_layers(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, list[Site]]:
     """The sites of each layer, where one layer can be run after the other; else nothing.
 
-    A layer that runs several times, or not at all, or needs what another stack of layers gives,
-    cannot.
+    A layer that runs several times, or not at all, cannot.
     """
-    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+    if not isinstance(model, PreTrainedModel):
         return {}
     try:
         layers = by_layer(find_sites(model))

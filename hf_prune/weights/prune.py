@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.sites import Site, base_model
-from hf_prune.statistics.batches import Batch
 from hf_prune.statistics.streams import (
     Stream,
     in_eval,
@@ -83,7 +82,8 @@ def _prune_without_data(matrices: Sequence[Matrix], job: Job) -> None:
 class _Layer:
     """One layer of a known family, in both networks, and the streams that pass through it.
 
-    Without a dense copy only the stream of the pruned network moves on.
+    Without a dense copy only the stream of the pruned network moves on. `both` says of each batch
+    which tokens of an encoder and a decoder are real, where there are both.
     """
 
     name: str
@@ -92,6 +92,18 @@ class _Layer:
     pruned: nn.Module
     streams: list[Stream]
     outputs: list[Tensor]
+    both: Sequence[Real] = ()
+
+    def real(self) -> list[Real]:
+        """Which tokens of each batch are real, by names in the layer."""
+        start = f"{self.name}."
+        found = [Real(stream.mask) for stream in self.streams]
+        for index, item in enumerate(self.both):
+            cross = {name for name in item.cross or () if name.startswith(start)}
+            if cross:
+                local = frozenset(name.removeprefix(start) for name in cross)
+                found[index] = Real(item.tokens, self.streams[index].mask, local)
+        return found
 
     def run_dense(self, index: int) -> Tensor:
         stream = self.streams[index]
@@ -101,7 +113,8 @@ class _Layer:
 
     def run_pruned(self, index: int) -> Tensor:
         stream = self.streams[index]
-        return run_layer(self.pruned, "", stream.pruned, stream.calls[self.call])
+        calls = stream.calls if stream.pruned_calls is None else stream.pruned_calls
+        return run_layer(self.pruned, "", stream.pruned, calls[self.call])
 
     def block(self, sites: Sequence[Site]) -> Block:
         def local(module: str) -> str:
@@ -113,7 +126,7 @@ class _Layer:
             self.pruned,
             self.run_dense,
             self.run_pruned,
-            [Real(stream.mask) for stream in self.streams],
+            self.real(),
             {local(site.gate.module): local(site.sum_module) for site in sites},
             keep_traces=True,
         )
@@ -167,7 +180,7 @@ def _prune_light(layer: _Layer, matrices: Sequence[Matrix], job: Job) -> dict[st
         job.removed,
         job.options,
         run=layer.run_pruned,
-        masks=[stream.mask for stream in layer.streams],
+        real=layer.real(),
     )
     errors: dict[str, float] = {}
     for matrix, mask, error in found:
@@ -216,6 +229,7 @@ def prune_layers(
     streams: list[Stream],
     job: Job,
     around: Around | None = None,
+    both: Sequence[Real] = (),
 ) -> None:
     """Prune all matrices that lie in the layers of one stack, one layer after the other.
 
@@ -226,6 +240,7 @@ def prune_layers(
         streams: what enters the first layer; moved behind the last one.
         job: what to do, and where results go.
         around: entered for each layer.
+        both: of each batch, where a model has encoder and decoder.
     """
     base = base_model(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -236,23 +251,35 @@ def prune_layers(
         with around(name) if around is not None else nullcontext():
             outputs = [stream.dense for stream in streams]
             dense = copy.deepcopy(pruned) if job.options.dense_target else None
-            layer = _Layer(name, call, dense, pruned, streams, outputs)
+            layer = _Layer(name, call, dense, pruned, streams, outputs, both)
             _prune_layer(model, layer, sites, here, job)
 
 
-def _start(
-    model: PreTrainedModel, dense: PreTrainedModel, batches: Sequence[Batch], layers: Sequence[str]
-) -> list[Stream]:
-    """What enters the first layer of both networks.
+def _starts(
+    model: nn.Module, batches: Sequence[Inputs], stacks: Sequence[list[str]]
+) -> dict[str, list[Stream]]:
+    """What enters each stack of layers, by its first layer, as long as nothing was pruned."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    return {stack[0]: _streams(model, batches, stack) for stack in stacks}
 
-    `dense` is the model itself, as long as nothing that comes before the layers was pruned.
-    """
-    streams = start_streams(dense, dense, batches, layers)
-    if dense is not model:
-        others = start_streams(model, model, batches, layers)
-        for stream, other in zip(streams, others, strict=True):
-            stream.pruned = other.pruned
-    return streams
+
+def _streams(
+    model: PreTrainedModel, batches: Sequence[Inputs], layers: Sequence[str]
+) -> list[Stream]:
+    return start_streams(model, model, batches, layers)  # type: ignore[arg-type]  # transformers take mappings
+
+
+def _start_again_(
+    model: PreTrainedModel,
+    streams: Sequence[Stream],
+    batches: Sequence[Inputs],
+    layers: Sequence[str],
+) -> None:
+    """Let the pruned streams begin with what the pruned network makes of the batches by now."""
+    others = _streams(model, batches, layers)
+    for stream, other in zip(streams, others, strict=True):
+        stream.pruned, stream.pruned_calls = other.pruned, other.calls
 
 
 def _prune_whole(
@@ -356,14 +383,24 @@ def _prune_with_data(
             "nothing could be kept. Leave it out."
         )
     parts = parts_of(model, matrices, layers, batches)
-    outside_any = any(outside for outside, _ in parts)
-    read = job.options.dense_target and (outside_any or bool(plain))
-    dense = copy.deepcopy(model) if read else model
+    copied = job.options.dense_target and any(outside for outside, _ in parts)
+    dense = copy.deepcopy(model) if copied else model
+    stacks = [list(stack) for _, stack in parts if stack]
+    starts = _starts(model, batches, stacks)
+    both = (
+        real_tokens(model, batches)
+        if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
+        else ()
+    )
     _prune_without_data(plain, job)
+    changed = bool(plain)
     for outside, stack in parts:
         if outside:
             _prune_whole(model, dense, outside, batches, job)
         if stack:
-            assert isinstance(model, PreTrainedModel) and isinstance(dense, PreTrainedModel)  # noqa: S101, PT018  # a known family
-            streams = _start(model, dense, batches, list(stack))  # type: ignore[arg-type]  # transformers take mappings
-            prune_layers(model, stack, matrices, streams, job)
+            assert isinstance(model, PreTrainedModel)  # noqa: S101  # a known family
+            streams = starts.pop(next(iter(stack)))
+            if changed or outside:
+                _start_again_(model, streams, batches, list(stack))
+            prune_layers(model, stack, matrices, streams, job, both=both)
+        changed = True

@@ -279,12 +279,12 @@ def test_padding_of_encoder_and_decoder_is_never_counted(name, criterion, tiny, 
 
 
 @contextmanager
-def dying_after_a_layer(monkeypatch):
-    """A walk that is broken off when it begins its second layer."""
+def dying_after_a_layer(monkeypatch, layers=1):
+    """A walk that is broken off when it begins its second layer, or a later one."""
     real, done = room.prune_block, []
 
     def dies(block, *args):
-        if done:
+        if len(done) == layers:
             raise KeyboardInterrupt
         done.append(block.prefix)
         return real(block, *args)
@@ -309,6 +309,39 @@ def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
     assert set(result.errors) == set(result.masks)
     with pytest.raises(CheckpointError, match=r"layers\.0\.safetensors is from a run with another"):
         run(tiny("llama"), batches, progress=Progress(tmp_path / "state", "another"))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_run_that_was_interrupted_in_the_decoder_goes_on(
+    name, tiny, inputs_for, tmp_path, monkeypatch
+):
+    batches, heads = [inputs_for(name, seed) for seed in range(2)], [*HEADS]
+    whole = tiny(name)
+    run(whole, batches, ignore=heads)
+    progress = Progress(tmp_path / "state", "this run")
+    with dying_after_a_layer(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+        run(tiny(name), batches, ignore=heads, progress=progress)
+    model = tiny(name)
+    result = run(model, batches, ignore=heads, progress=progress)
+    assert [layer.split(".")[-3:-2] for layer in result.resumed].count(["decoder"]) == 1
+    assert len(result.resumed) == 3
+    for (key, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_layers_of_encoder_and_decoder_run_alone(name, tiny, inputs_for):
+    """The whole model runs a fixed number of times, however many layers it has."""
+    runs = []
+    for layers in (2, 4):
+        config = tiny(name).config
+        keys = ("num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+        config.update({key: layers for key in keys if hasattr(config, key)})
+        model, calls = type(tiny(name))(config).eval(), []
+        model.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        run(model, [inputs_for(name, seed) for seed in range(2)], ignore=[*HEADS])
+        runs.append(len(calls))
+    assert runs[0] == runs[1]
 
 
 def test_a_model_in_memory_goes_on_where_it_was(tiny, inputs_for, tmp_path, monkeypatch):
