@@ -23,7 +23,6 @@ from hf_prune.statistics.streams import (
     Stream,
     in_eval,
     run_layer,
-    start_streams,
 )
 from hf_prune.weights.block import prune_block
 from hf_prune.weights.find import Matrix, set_values_
@@ -34,6 +33,7 @@ from hf_prune.weights.parts import known_layers, parts_of
 from hf_prune.weights.patterns import keep
 from hf_prune.weights.problem import Options
 from hf_prune.weights.progress import Progress
+from hf_prune.weights.starts import all_starts, start_again_, tokens_of_both
 from hf_prune.weights.walk import Block, Inputs, Real, call_model, real_tokens
 
 logger = logging.getLogger(__name__)
@@ -255,33 +255,6 @@ def prune_layers(
             _prune_layer(model, layer, sites, here, job)
 
 
-def _starts(
-    model: nn.Module, batches: Sequence[Inputs], stacks: Sequence[list[str]]
-) -> dict[str, list[Stream]]:
-    """What enters each stack of layers, by its first layer, as long as nothing was pruned."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    return {stack[0]: _streams(model, batches, stack) for stack in stacks}
-
-
-def _streams(
-    model: PreTrainedModel, batches: Sequence[Inputs], layers: Sequence[str]
-) -> list[Stream]:
-    return start_streams(model, model, batches, layers)  # type: ignore[arg-type]  # transformers take mappings
-
-
-def _start_again_(
-    model: PreTrainedModel,
-    streams: Sequence[Stream],
-    batches: Sequence[Inputs],
-    layers: Sequence[str],
-) -> None:
-    """Let the pruned streams begin with what the pruned network makes of the batches by now."""
-    others = _streams(model, batches, layers)
-    for stream, other in zip(streams, others, strict=True):
-        stream.pruned, stream.pruned_calls = other.pruned, other.calls
-
-
 def _prune_whole(
     model: nn.Module,
     dense: nn.Module,
@@ -386,12 +359,8 @@ def _prune_with_data(
     copied = job.options.dense_target and any(outside for outside, _ in parts)
     dense = copy.deepcopy(model) if copied else model
     stacks = [list(stack) for _, stack in parts if stack]
-    starts = _starts(model, batches, stacks)
-    both = (
-        real_tokens(model, batches)
-        if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
-        else ()
-    )
+    starts = all_starts(model, batches, stacks)
+    both = tokens_of_both(model, batches)
     _prune_without_data(plain, job)
     changed = bool(plain)
     for outside, stack in parts:
@@ -401,6 +370,6 @@ def _prune_with_data(
             assert isinstance(model, PreTrainedModel)  # noqa: S101  # a known family
             streams = starts.pop(next(iter(stack)))
             if changed or outside:
-                _start_again_(model, streams, batches, list(stack))
+                start_again_(model, streams, batches, list(stack))
             prune_layers(model, stack, matrices, streams, job, both=both)
         changed = True
