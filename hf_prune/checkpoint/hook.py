@@ -31,6 +31,7 @@ from hf_prune.surgery.description import (
     QUANT_METHOD,
     SHAPES_VERSION,
     TABLES,
+    Shapes,
     check_shapes,
 )
 from hf_prune.surgery.rebuild import apply_shapes_
@@ -129,7 +130,7 @@ class HfPruneQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # where transformers has put it
                 vars(module.config).pop("_is_quantized", None)
-        model.config.quantization_config = shapes
+        model.config.quantization_config = Shapes(shapes)
         return model
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:

@@ -47,7 +47,8 @@ class Weights(Model):
     """In such a stage, as `solver` of a stage of weights alone; `uniform`, if not given."""
     pattern: str = "unstructured"
     """Where zeros may be: `unstructured`, `n:m` (`2:4`: two of four neighbours stay), or blocks of
-    rows x columns (`4x1`)."""
+    rows x columns (`4x1`). Neighbours are those of a row of `[outputs, inputs]`; of a convolution
+    `[outputs, inputs x kernel]`, as it is stored."""
     threshold_std: float | None = Field(default=None, gt=0)
     """In the place of `sparsity`, with `criterion: magnitude` or `magnitude_sigma`: every weight
     goes that is smaller than this many standard deviations of its matrix (arXiv:1506.02626). The

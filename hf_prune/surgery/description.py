@@ -27,6 +27,20 @@ KEY = "quantization_config"
 """The key of the config under which the description stands."""
 
 
+class Shapes(dict[str, Any]):
+    """A description as it stands in a config: not to be changed in place, and shared by copies.
+
+    transformers copies whole configs in every forward pass that makes a cache, and copying each
+    entry of a large description would take longer than what was saved. Pickled it is a plain dict.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shapes":
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
 def is_size(value: object) -> bool:
     """Whether it is an integer, which a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -27,7 +27,7 @@ from hf_prune.sites import (
 )
 from hf_prune.statistics.example import example_batch
 from hf_prune.statistics.streams import in_eval
-from hf_prune.surgery.description import TABLES
+from hf_prune.surgery.description import TABLES, Shapes
 from hf_prune.surgery.rebuild import apply_shapes_
 from hf_prune.surgery.shapes import (
     forget_shapes_,
@@ -196,7 +196,7 @@ def _rename_shapes(model: PreTrainedModel, layers: Mapping[str, str], gone: set[
     cached = "per_layer_config" in vars(model.config.get_text_config(decoder=True))
     forget_shapes_(model.config)
     if any(shapes.get(table) for table in TABLES):
-        model.config.quantization_config = shapes
+        model.config.quantization_config = Shapes(shapes)
         if cached:
             record_caches_(model)
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import CheckpointError
 from hf_prune.sites import base_model, find_sites, logical_weight
-from hf_prune.surgery.description import KEY, QUANT_METHOD, SHAPES_VERSION, TABLES
+from hf_prune.surgery.description import KEY, QUANT_METHOD, SHAPES_VERSION, TABLES, Shapes
 from hf_prune.surgery.rebuild import resolve, update_sizes_
 
 
@@ -121,7 +121,7 @@ def record_shapes_(model: PreTrainedModel, changes: Changes) -> None:
         shapes.setdefault("groups", {})[name] = entry
     for name in changes.empty:
         shapes.get("groups", {}).pop(name, None)
-    model.config.quantization_config = shapes
+    model.config.quantization_config = Shapes(shapes)
 
 
 def record_caches_(model: PreTrainedModel) -> None:

@@ -1,6 +1,8 @@
 """Removal, weight by weight."""
 
 import copy
+import json
+import pickle
 
 import pytest
 import torch
@@ -130,3 +132,19 @@ def test_wrapper(tiny):
 
     with pytest.raises(UnsupportedModelError, match="Wrapper is not a transformers PreTrainedMod"):
         remove_units(Wrapper(tiny("bert")), Plan("bert"))
+
+
+def test_copies_share_a_description_that_nobody_changes(tiny, uneven_plan):
+    """transformers copies configs in forward passes: whole copies would slow small models down."""
+    model = tiny("bert")
+    remove_units(model, uneven_plan(model))
+    shapes = model.config.quantization_config
+    other = copy.deepcopy(model)
+    assert other.config.quantization_config is shapes
+    before = json.dumps(shapes)
+    remove_units(other, uneven_plan(other))
+    assert other.config.quantization_config != shapes
+    assert json.dumps(model.config.quantization_config) == before
+    plain = pickle.loads(pickle.dumps(shapes))  # noqa: S301  # our own
+    assert type(plain) is dict
+    assert plain == shapes
