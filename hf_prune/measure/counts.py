@@ -1,8 +1,6 @@
 """Exact counts: parameters by distinct storage, multiply-accumulates, bytes on disk."""
 
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -68,7 +66,9 @@ def count_macs(model: PreTrainedModel, sequence_length: int = 128) -> int:
 
 
 def count_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights on disk: the model is saved to a temporary folder, and measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    """Bytes of the weights on disk: all tensors that are saved, shared ones once; no headers."""
+    sizes: dict[tuple[object, ...], int] = {}
+    for tensor in model.state_dict().values():
+        key = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        sizes[key] = max(sizes.get(key, 0), tensor.numel() * tensor.element_size())
+    return sum(sizes.values())
