@@ -20,6 +20,8 @@ MAX_DOUBLINGS = 40
 """How often the damping is doubled before a Hessian is given up."""
 BLOCKS = 96
 """Units that go at once: one `BLOCKS`-th of those that are left, and at least one."""
+CROWDED = 0.9
+"""Matrices are copied without the units that are gone, once no more than this share is left."""
 SMALLEST_EIGENVALUE = 1e-9
 """Directions of the outputs with less than this share of the largest are left out."""
 
@@ -55,17 +57,24 @@ def _columns(units: Tensor, width: int) -> Tensor:
     return (units.unsqueeze(1) * width + steps).flatten()
 
 
-def _unit_errors(weight: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What each unit's removal alone would add, `[m]`, and its block of the inverse, inverted."""
-    units = len(inverse) // width
-    blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+def _unit_errors(weight: Tensor, inverse: Tensor, width: int, alive: Tensor) -> Tensor:
+    """What the removal of each unit alone would add, `[m]`.
+
+    Args:
+        weight: `[r, n * D]`.
+        inverse: `[n * D, n * D]`.
+        width: `D`.
+        alive: `[m]`, which of the `n` units are asked about.
+    """
     if width == 1:
-        inverted = 1 / blocks.clamp(min=torch.finfo(torch.float64).tiny)
-    else:
-        inverted = torch.linalg.inv(blocks)  # [m, D, D]
-    by_unit = weight.view(len(weight), units, width)  # [r, m * D] -> [r, m, D]
-    errors = torch.einsum("rmd,mde,rme->m", by_unit, inverted, by_unit)
-    return errors.clamp(min=0), inverted
+        tiny = torch.finfo(torch.float64).tiny
+        errors = weight.square().sum(dim=0) / inverse.diagonal().clamp(min=tiny)
+        return errors[alive].clamp(min=0)
+    units = len(inverse) // width
+    blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2)  # [D, D, n]
+    inverted = torch.linalg.inv(blocks.permute(2, 0, 1)[alive])  # [m, D, D]
+    by_unit = weight.view(len(weight), units, width)[:, alive]  # [r, m, D]
+    return torch.einsum("rmd,mde,rme->m", by_unit, inverted, by_unit).clamp(min=0)
 
 
 def structured_obs(weight: Tensor, hessian: Tensor, width: int) -> Ranking:
@@ -85,25 +94,30 @@ def structured_obs(weight: Tensor, hessian: Tensor, width: int) -> Ranking:
     Source: Hassibi and Stork 1992 for single weights; for structures Kurtic et al. 2023,
         arXiv:2302.04089. The size of the blocks is ours.
     """
-    inverse, weight = damped_inverse(hessian), weight.double()
+    inverse, weight = damped_inverse(hessian), weight.double().clone()
     left = torch.arange(len(hessian) // width, device=hessian.device)
+    alive = left  # where they stand in the matrices, from which the gone ones are taken at times
     order, losses = [], []
     while len(left):
-        errors, _ = _unit_errors(weight, inverse, width)
+        errors = _unit_errors(weight, inverse, width, alive)
         go = torch.argsort(errors, stable=True)[: max(1, len(left) // BLOCKS)]
         stay = torch.ones(len(left), dtype=torch.bool, device=left.device)
         stay[go] = False
-        out, rest = _columns(go, width), _columns(stay.nonzero().flatten(), width)
-        block, removed = inverse[out][:, out], weight[:, out]
-        solved = torch.linalg.solve(block, removed.T)  # [out, r]
+        out = _columns(alive[go], width)
+        rows, removed = inverse[out], weight[:, out]
+        both = torch.linalg.solve(rows[:, out], torch.cat([removed.T, rows], dim=1))
+        solved, passed = both.split([len(weight), len(inverse)], dim=1)  # [out, r], [out, n * D]
         joint = (removed.T * solved).sum().clamp(min=0)
         share = errors[go] / errors[go].sum().clamp(min=torch.finfo(torch.float64).tiny)
         order.append(left[go])
         losses.append(joint * share)
-        cross = inverse[out][:, rest]  # [out, rest]
-        weight = weight[:, rest] - solved.T @ cross
-        inverse = inverse[rest][:, rest] - cross.T @ torch.linalg.solve(block, cross)
-        left = left[stay]
+        left, alive = left[stay], alive[stay]
+        weight.addmm_(removed, passed, alpha=-1)
+        inverse.addmm_(rows.T, passed, alpha=-1)  # nothing is left where units are gone
+        if len(left) * width < CROWDED * len(inverse):
+            rest = _columns(alive, width)
+            weight, inverse = weight[:, rest], inverse[rest][:, rest]
+            alive = torch.arange(len(left), device=left.device)
     return Ranking.from_losses(torch.cat(order), torch.cat(losses))
 
 
