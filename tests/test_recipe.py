@@ -59,7 +59,7 @@ def recipes(draw):
     return Recipe(seed=draw(st.integers(0, 2**40)), stages=tuple(stages))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(recipe=recipes())
 def test_round_trip(recipe):
     assert load_recipe(parse_yaml(recipe.to_yaml())) == recipe

@@ -28,7 +28,7 @@ def total(tables, levels):
     return sum(float(table[at]) for table, at in zip(tables, levels, strict=True))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(problem=problems())
 def test_equals_an_integer_program(problem):
     costs, errors, budget = problem

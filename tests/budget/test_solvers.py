@@ -103,7 +103,7 @@ def test_within_budget_at_allowed_levels(solver, problem, budget):
 
 
 @in_order
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems(), budget=st.integers(-10, 1200), more=st.integers(0, 300))
 def test_more_budget_keeps_a_superset(solver, problem, budget, more):
     small, large = (solve(problem, solver, b) for b in (budget, budget + more))

@@ -56,6 +56,7 @@ def saved(tmp_path):
     return model, tokenizer, tmp_path
 
 
+@pytest.mark.slow
 def test_command(saved):
     """The result loads where there is no hf_prune, with the tokenizer that goes with it."""
     _, tokenizer, folder = saved
@@ -74,6 +75,7 @@ def test_command(saved):
     assert (again.exit_code, "--overwrite" in again.output) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_standalone_model_stays_one(saved):
     model, tokenizer, folder = saved
     sites = find_sites(model, ["neurons"])

@@ -99,7 +99,7 @@ KINDS = {
 }
 
 
-FAST = ("l0", "taylor", "weights")
+FAST = ("l0", "weights")
 
 
 @pytest.mark.parametrize(
