@@ -19,7 +19,7 @@ P = ParamSpec("P")
 
 
 def _explained(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors that we raise on purpose into one line and an exit code."""
+    """Turn errors that we raise on purpose, and those of files, into a line and an exit code."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -31,6 +31,9 @@ def _explained(command: Callable[P, None]) -> Callable[P, None]:
             click.echo(f"{type(error).__name__}: {error}", err=True)
             codes = {ConfigError: 2, CheckpointError: 4}
             sys.exit(codes.get(type(error), 1))
+        except OSError as error:  # of transformers, too: no such model, no such file
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            sys.exit(1)
 
     return run
 

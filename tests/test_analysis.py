@@ -268,10 +268,27 @@ def test_units_and_fractions_are_chosen(saved, tmp_path):
         (("--fractions", "1.5"), "1.5 is no fraction of units to mask"),
         (("--fractions", "half"), "could not convert"),
         (("--units", "experts"), "has no units of experts"),
+        (("--units", "heads,neuron"), "unknown kind of units 'neuron'; did you mean 'neurons'"),
+        (("--out", "/nowhere/out.json"), "there is no folder /nowhere"),
     ):
         result = analyze(saved, file, *options, *chosen)
         assert result.exit_code == 2
         assert text in result.output
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
+    result = analyze(tmp_path / "nothing", table(tmp_path / "rows.csv", ROWS), *COLUMNS)
+    assert result.exit_code == 1
+    assert "Error: " in result.output
+    assert "Traceback" not in result.output
+
+
+def test_agreement_is_shown(saved, tmp_path):
+    file = table(tmp_path / "rows.csv", ROWS)
+    result = analyze(saved, file, *COLUMNS, "--criteria", "magnitude,magnitude_l2")
+    assert result.exit_code == 0, result.output
+    assert "Agreement of criteria" in result.output
+    assert "1.00" in result.output
 
 
 def test_what_is_no_table_and_no_classifier(saved, tmp_path, tiny):
