@@ -251,7 +251,8 @@ def prune_folder(
         seed: of everything random.
 
     Returns:
-        `total`, `removed`, `sparsity`, `mean_relative_error` and `resumed` layers.
+        `total`, `removed`, `sparsity` and `mean_relative_error` of the matrices in layers;
+        `resumed` layers; and `left_dense`, the names of matrices outside, as of a head or a pooler.
 
     Raises:
         CheckpointError: when the source is incomplete, or `progress` is of another run.
@@ -263,7 +264,8 @@ def prune_folder(
     model.tie_weights()
     _check(model, stage, shards)
     layers = by_layer(find_sites(model))
-    matrices = _in_layers(model, find_stage(model, stage), list(layers))
+    wanted = find_stage(model, stage)
+    matrices = _in_layers(model, wanted, list(layers))
     options = options_of(model, stage, seed, {})
     batches = take(
         model,
@@ -279,7 +281,9 @@ def prune_folder(
         streams = _begin(walk, batches, list(layers))
         prune_layers(model, layers, matrices, streams, job, walk.around)
         _finish(source, folder, walk)
-    return _figures(matrices, walk, job)
+    inside = {matrix.name for matrix in matrices}
+    outside = [matrix.name for matrix in wanted if matrix.name not in inside]
+    return {**_figures(matrices, walk, job), "left_dense": outside}
 
 
 def _key(source: Path, stage: Prune, batches: Sequence[Batch], seed: int) -> str:

@@ -67,6 +67,12 @@ def test_types_on_disk_stay(tiny, inputs_for, tmp_path):
     assert int((weight == 0).sum()) == weight.numel() // 2
 
 
+def test_what_is_left_outside_of_layers_is_named(tiny, inputs_for, tmp_path):
+    source = saved(tiny("llama"), tmp_path / "dense")
+    told = (source, tmp_path / "out", stage(ignore=()), [inputs_for("llama")])
+    assert prune_folder(*told)["left_dense"] == ["lm_head.weight"]
+
+
 def test_an_interrupted_run_goes_on(tiny, inputs_for, tmp_path, monkeypatch):
     model, batches = tiny("llama"), [inputs_for("llama")]
     source = saved(model, tmp_path / "dense")
