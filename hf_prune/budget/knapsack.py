@@ -28,12 +28,14 @@ class Cut:
 
 def _dominant(cost: Tensor, error: Tensor) -> Tensor:
     """Which of some points no other beats in both cost and error, by increasing cost."""
-    by_error = torch.argsort(error, stable=True)
-    order = by_error[torch.argsort(cost[by_error], stable=True)]
+    order = torch.argsort(cost, stable=True)
     least = error[order].cummin(0).values
-    first = torch.ones(len(order), dtype=torch.bool)
-    first[1:] = error[order][1:] < least[:-1]
-    return order[first]
+    better = torch.ones(len(order), dtype=torch.bool)
+    better[1:] = error[order][1:] < least[:-1]
+    order = order[better]
+    last = torch.ones(len(order), dtype=torch.bool)  # of several that cost the same
+    last[:-1] = cost[order][1:] != cost[order][:-1]
+    return order[last]
 
 
 def _thin(cost: Tensor, limit: int) -> Tensor:

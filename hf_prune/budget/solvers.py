@@ -20,7 +20,8 @@ from hf_prune.recipe import did_you_mean
 from hf_prune.sites import Site
 
 MAX_LEVELS = 128
-"""Levels of a site up to which all combinations are merged; with more, bounds come first."""
+"""Levels of a site, at most about so many, of which all combinations are merged where bounds prove
+nothing."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,6 @@ def _thinned(levels: Tensor) -> Tensor:
     return torch.cat([levels[:-1:step], levels[-1:]])
 
 
-def exact(problem: Problem) -> Counts:
-    """The levels with the least total error within the budget.
-
-    Of sites with very many levels, those are left out that bounds exclude.
-    """
-    levels = [problem.levels(site) for site in problem.sites]
-    if max(map(len, levels)) > MAX_LEVELS:
-        return _bounded(problem, levels)
-    return _merged(problem, levels)
-
-
 def _merged(problem: Problem, levels: Sequence[Tensor]) -> Counts:
     """The best of some levels of each site, all of them merged."""
     costs, errors = _weighed(problem, levels)
@@ -148,8 +138,12 @@ def _lost(problem: Problem, counts: Counts) -> float:
     return sum(problem.rankings[name].error_of(count) for name, count in counts.items())
 
 
-def _bounded(problem: Problem, levels: Sequence[Tensor]) -> Counts:
-    """The best of very many levels, proved by bounds; where that takes too much, close to it."""
+def exact(problem: Problem) -> Counts:
+    """The levels with the least total error within the budget, proved by bounds.
+
+    Where the proof takes too much it is the best of some, close to it.
+    """
+    levels = [problem.levels(site) for site in problem.sites]
     costs, errors = _weighed(problem, levels)
     if sum(int(cost.min()) for cost in costs) > problem.budget:
         return _counts(problem, levels, [0] * len(levels))
