@@ -55,7 +55,7 @@ def test_a_constant_moves_into_the_bias(tiny, inputs_for, logits):
     torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "mpnet", "deberta_v2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["bert", "t5", "mpnet", "deberta-v2", "gpt_neox"])
 def test_a_head_goes_when_nothing_reads_it(name, tiny, inputs_for, logits):
     model, batch = tiny(name), inputs_for(name)
     site = next(site for site in find_sites(model) if site.kind == "heads")
