@@ -32,10 +32,10 @@ from hf_prune.checkpoint.hook import CONVERSIONS
 from hf_prune.errors import CheckpointError
 from hf_prune.surgery.description import PACKED
 from hf_prune.surgery.shapes import get_shapes
+from hf_prune.weights.masks import BITS
 
 VALUES, MASK = "hf_prune_values", "hf_prune_mask"
 """What follows the name of a weight that is stored in two parts."""
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         bit.
     """
     flat = weight.detach().contiguous().flatten()
-    kept = flat.view(_BITS[flat.element_size()]) != 0
+    kept = flat.view(BITS[flat.element_size()]) != 0
     return flat[kept].clone(), torch.from_numpy(np.packbits(kept.numpy()))
 
 
@@ -128,7 +128,7 @@ def _smaller(weight: Tensor) -> bool:
     """Whether a weight is a matrix, or has more axes, and two parts take less room than one."""
     if weight.ndim <= 1 or not weight.is_floating_point():
         return False
-    bits = weight.detach().contiguous().view(_BITS[weight.element_size()])
+    bits = weight.detach().contiguous().view(BITS[weight.element_size()])
     return int((bits == 0).sum()) * weight.element_size() > -(-weight.numel() // 8)
 
 
