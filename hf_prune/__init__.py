@@ -18,6 +18,7 @@ from hf_prune.plan import Plan
 from hf_prune.recipe import Recipe, load_recipe
 from hf_prune.report.result import Result, save_result
 from hf_prune.sites import find_sites
+from hf_prune.surgery.channels import keep_channels_, remove_dead_channels_
 from hf_prune.surgery.layers import shorten_layers_
 from hf_prune.surgery.reconstruct import reconstruct
 from hf_prune.surgery.remove import remove_units
@@ -47,6 +48,7 @@ __all__ = [
     "compress_family",
     "find_sites",
     "infer_family",
+    "keep_channels_",
     "last_checkpoint",
     "load_family",
     "load_recipe",
@@ -56,6 +58,7 @@ __all__ = [
     "push_to_hub",
     "reconstruct",
     "register_family",
+    "remove_dead_channels_",
     "remove_units",
     "save_model",
     "save_result",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_prune.measure.counts import count_nonzero, count_parameters
 from hf_prune.recipe import Prune
+from hf_prune.surgery.channels import remove_dead_channels_
 from hf_prune.weights.stage import prune_stage_
 
 IGNORE = ("classifier*", "*pooler*")
@@ -154,4 +155,7 @@ def digits(out: Path, removed: float) -> None:
             after = _right(model, held, held_labels)
             left = count_nonzero(model) / total
             row = {"accuracy": after, "kept_of_dense": after / before, "nonzero_of_dense": left}
-            rows.add(f"{title} {name}", {**row, "cpu_seconds": seconds})
+            remove_dead_channels_(model, images[:1])
+            smaller = {"left_of_dense": count_parameters(model) / total}
+            smaller["kept_of_dense_then"] = _right(model, held, held_labels) / before
+            rows.add(f"{title} {name}", {**row, **smaller, "cpu_seconds": seconds})
