@@ -24,6 +24,7 @@ COLUMNS = (
     ("sparsity", "sparsity", "{:.4f}"),
     ("encoder_removed", "encoder removed", "{:.3f}"),
     ("nonzero_of_dense", "not zero", "{:.3f}"),
+    ("left_of_dense", "left without dead channels", "{:.3f}"),
     ("speedup", "speed-up", "{:.2f}"),
     ("speedup_measured_again", "measured again", "{:.2f}"),
     ("deviation", "off by", "{:+.3f}"),
