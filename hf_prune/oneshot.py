@@ -295,6 +295,7 @@ def _above_floor(
     """The smallest model that keeps the metric, between nothing and all that is asked for."""
     floor = stage.floor
     assert floor is not None  # noqa: S101  # asked for one
+    start_of_stage = time.monotonic() - sum(analysis.seconds.values())
     least = measured(metric, analysis.given) - floor.drop
     if math.isnan(least):
         raise DataError("the metric of the dense model is not a number.")
@@ -310,7 +311,7 @@ def _above_floor(
     def build(decision: Decision) -> Pruned:
         return carry_out(analysis, decision, stage)
 
-    run = FloorRun(chooser, floor, build, metric, least)
+    run = FloorRun(chooser, floor, build, metric, least, start=start_of_stage)
     if floor.search == "optuna":
         kinds = {site.kind for site in analysis.sites}
         tilts = ("heads", "depth") if "heads" in kinds and len(kinds) > 1 else ("depth",)

@@ -222,7 +222,7 @@ def compress_family(
         raise ConfigError(
             "a family shares one vocabulary: leave the stage out, prune it afterwards."
         )
-    if not len(targets):
+    if not len(targets) or isinstance(targets, str | Mapping):
         raise ConfigError("a family has no size: pass targets=[0.5, {'speedup': '3x'}], or others.")
     stages = tuple(_with_target(stages[0], target) for target in targets)
     batches = calibration_batches(model, recipe, calibration)
@@ -248,7 +248,14 @@ def compress_family(
 def _with_target(stage: Prune, target: "float | Mapping[str, Any]") -> Prune:
     data = stage.model_dump(mode="json", exclude_none=True)
     data = {key: value for key, value in data.items() if key not in ("sparsity", "target")}
-    key = "target" if isinstance(target, Mapping) else "sparsity"
-    value = dict(target) if isinstance(target, Mapping) else float(target)
-    (made,) = load_recipe({"stages": [{**data, key: value}]}).prune_stages
+    if isinstance(target, Mapping):
+        goal: dict[str, Any] = {"target": dict(target)}
+    elif isinstance(target, int | float) and not isinstance(target, bool):
+        goal = {"sparsity": float(target)}
+    else:
+        raise ConfigError(
+            f"targets: {target!r} is neither a sparsity such as 0.5 nor a target such as "
+            "{'speedup': '3x'}."
+        )
+    (made,) = load_recipe({"stages": [{**data, **goal}]}).prune_stages
     return made

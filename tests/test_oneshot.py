@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_prune import compress, compress_family, save_result, targets
+from hf_prune import compress, compress_family, oneshot, save_result, targets
 from hf_prune.errors import ConfigError, DataError
 from hf_prune.measure.counts import count_parameters
 from hf_prune.measure.latency_table import LatencyTable, _group
@@ -66,10 +66,16 @@ def test_a_family_needs_one_structured_stage(tiny, inputs_for):
         compress_family(tiny("bert"), {"stages": [floor]}, [inputs_for("bert")] * 2, targets=[0.5])
     with pytest.raises(ConfigError, match="a family has no size: pass targets="):
         compress_family(tiny("bert"), {"stages": stages[:1]}, [inputs_for("bert")] * 2, targets=[])
-    with pytest.raises(ConfigError, match="outside"):
-        compress_family(
-            tiny("bert"), {"stages": stages[:1]}, [inputs_for("bert")] * 2, targets=[50.0]
-        )
+    for asked, wrong in (
+        ([50.0], "outside"),
+        (["3x"], "'3x' is neither a sparsity such as 0.5 nor a target"),
+        ([True], "True is neither"),
+        ({"speedup": "3x"}, "a family has no size: pass targets="),
+    ):
+        with pytest.raises(ConfigError, match=wrong):
+            compress_family(
+                tiny("bert"), {"stages": stages[:1]}, [inputs_for("bert")] * 2, targets=asked
+            )
 
 
 def test_the_smallest_model_above_the_floor(tiny, inputs_for):
@@ -271,6 +277,27 @@ def test_the_search_stops_when_its_time_is_over(tiny, inputs_for):
     stage = {**STAGE, "sparsity": 0.5, "floor": floor}
     result = compress(model, {"stages": [stage]}, batches, metric=lambda m: -float(m is not model))
     assert len(result.report["pruning"][0]["floor"]["trials"]) == 1
+
+
+def test_the_time_of_a_floor_is_that_of_the_whole_stage(tiny, inputs_for, monkeypatch):
+    """Statistics that took longer leave time for a single trial."""
+    original, waited = oneshot.analyse, []
+
+    def analyse(*args, **options):
+        analysis = original(*args, **options)
+        analysis.seconds["statistics"] += waited[-1]
+        return analysis
+
+    monkeypatch.setattr("hf_prune.stages.analyse", analyse)
+    model, batches = tiny("bert"), [inputs_for("bert", s) for s in range(4)]
+    floor = {"drop": 0.0, "trials": 3, "max_minutes": 2.0}
+    stage = {**STAGE, "sparsity": 0.5, "floor": floor}
+    for seconds, trials in ((120.0, 1), (0.0, 3)):
+        waited.append(seconds)
+        result = compress(
+            model, {"stages": [stage]}, batches, metric=lambda m: -float(m is not model)
+        )
+        assert len(result.report["pruning"][0]["floor"]["trials"]) == trials
 
 
 def test_more_examples_for_the_refit_than_for_the_scores(tiny, inputs_for, monkeypatch):

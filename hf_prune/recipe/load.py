@@ -22,6 +22,8 @@ from hf_prune.recipe.vocabulary import Vocabulary
 from hf_prune.recipe.weights import Weights
 
 MAX_RECIPE_BYTES = 1 << 20
+FILES = (".yaml", ".yml")
+"""How the name of a template ends that is read from a file."""
 """A recipe file larger than this is refused before it is parsed."""
 
 _AnyStage = Union[Prune, Train, Distill, Student, Vocabulary]  # noqa: UP007  # pydantic reads it
@@ -152,7 +154,7 @@ def explain(error: ValidationError, root: "type[BaseModel] | None" = None) -> st
 
 def _written_out(name: str, folder: Path) -> Any:
     """The data of a template that is given by its name, or by the path of a file."""
-    if not name.endswith((".yaml", ".yml")):
+    if not name.endswith(FILES):
         return {"pattern": name}
     try:
         return parse_yaml(_read(folder / name))
@@ -160,17 +162,24 @@ def _written_out(name: str, folder: Path) -> Any:
         raise ConfigError(f"template {name}: {error}") from error
 
 
-def _with_templates(data: Any, folder: Path) -> Any:
-    """The data of a recipe in which templates that are named are written out."""
+def _with_templates(data: Any, folder: Path) -> tuple[Any, dict[Any, str]]:
+    """The data of a recipe in which templates that are named are written out.
+
+    Also the file of each that was read from one, by the number of its stage.
+    """
     stages = data.get("stages") if isinstance(data, Mapping) else None
     if not isinstance(stages, list | tuple):
-        return data
-    written = []
-    for stage in stages:
+        return data, {}
+    written, files = [], {}
+    for index, stage in enumerate(stages):
         name = stage.get("template") if isinstance(stage, Mapping) else None
-        new = {"template": _written_out(name, folder)} if isinstance(name, str) else None
-        written.append({**stage, **new} if new else stage)
-    return {**data, "stages": written}
+        if not isinstance(name, str):
+            written.append(stage)
+            continue
+        written.append({**stage, "template": _written_out(name, folder)})
+        if name.endswith(FILES):
+            files[index] = name
+    return {**data, "stages": written}, files
 
 
 def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -> Recipe:
@@ -193,10 +202,12 @@ def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -
             data = parse_yaml(_read(Path(name)))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
-    data = _with_templates(data, folder)
+    data, files = _with_templates(data, folder)
     try:
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise ConfigError(f"{name}: {explain(error)}") from error
+        wrong = {item["loc"][1] for item in error.errors() if "template" in item["loc"]}
+        read = "".join(f"{files[index]}, read by " for index in sorted(wrong & files.keys()))
+        raise ConfigError(f"{read}{name}: {explain(error)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: only plain values are allowed ({error}).") from error

@@ -120,7 +120,8 @@ class Floor(Model):
     trials: int = Field(default=8, ge=1)
     """Models that are built and measured at most."""
     max_minutes: float = Field(default=30.0, gt=0)
-    """Time after which the best model so far is taken."""
+    """Of the whole stage, statistics included: then the best model so far is taken. One is always
+    tried."""
     search: Literal["bisection", "optuna"] = "bisection"
     """`bisection`: of how much goes; `optuna`: of how heads and neurons, and early and late layers
     are weighed against each other, too (needs Optuna, and some dozens of trials)."""

@@ -48,7 +48,7 @@ class FloorRun(Generic[B]):
         trials: for the report.
         best: share that is gone, scale, and what was built.
         known: plans that were built, and their metric.
-        start: seconds on a clock of its own.
+        start: of the stage, in seconds of `time.monotonic`: its statistics are a part of the time.
     """
 
     chooser: Chooser

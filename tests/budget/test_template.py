@@ -218,6 +218,10 @@ def test_a_template_of_ones_own_in_a_file(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"template mine\.yaml: line 1: tags such as"):
         load_recipe(path)
+    (tmp_path / "mine.yaml").write_text("pattern: ends\nfrist: 2\n", encoding="utf-8")
+    wrong = r"mine\.yaml, read by .*recipe\.yaml: .*frist: unknown key; did you mean 'first'"
+    with pytest.raises(ConfigError, match=wrong):
+        load_recipe(path)
 
 
 @settings(max_examples=60, deadline=None)
