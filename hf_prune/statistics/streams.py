@@ -45,7 +45,9 @@ class Stream:
 
 def first_tensor(value: Any) -> Tensor:
     """The hidden states that a layer gave, alone or first of several things."""
-    tensor = value[0] if isinstance(value, tuple) else value
+    tensor = value
+    while isinstance(tensor, tuple):  # a packed sequence is one, too
+        tensor = tensor[0]
     assert isinstance(tensor, Tensor)  # noqa: S101  # a layer gives hidden states
     return tensor
 

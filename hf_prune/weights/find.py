@@ -117,7 +117,7 @@ def _of(prefix: str, module: nn.Module, *, embeddings: bool) -> Iterator[Matrix]
         yield Matrix(name, prefix, "convolution", module.weight, module.groups)
     elif isinstance(module, (*RECURRENT, *CELLS)):
         for key, parameter in module.named_parameters(recurse=False):
-            if key.startswith(("weight_ih", "weight_hh")):  # projections of states are left alone
+            if key.startswith("weight"):  # of inputs, of states, and of what becomes a state
                 yield Matrix(f"{prefix}.{key}" if prefix else key, prefix, "recurrent", parameter)
     elif isinstance(module, EMBEDDINGS) and embeddings:
         yield Matrix(name, prefix, "embedding", module.weight)

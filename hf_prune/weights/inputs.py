@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from hf_prune.errors import UnsupportedModelError
@@ -167,15 +168,25 @@ def never_ran(names: Sequence[str]) -> UnsupportedModelError:
     )
 
 
-def main_tensor(module: nn.Module, call: Call) -> Tensor:
+def first_argument(module: nn.Module, call: Call) -> Any:
     """The first argument of a call, wherever it stands."""
-    value = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    return call.args[0] if call.args else next(iter(call.kwargs.values()))
+
+
+def main_tensor(module: nn.Module, call: Call) -> Tensor:
+    """The tensor that comes first in a call; of a packed sequence all its steps.
+
+    Raises:
+        UnsupportedModelError: when it is something else.
+    """
+    value = first_argument(module, call)
+    if isinstance(value, PackedSequence):
+        return value.data
     if not isinstance(value, Tensor):
         raise UnsupportedModelError(
-            f"{type(module).__name__} was called with a {type(value).__name__}; only tensors are "
-            "followed. Pass padded tensors instead of packed sequences, leave the module out with "
-            "ignore, or prune it without its inputs: criterion='magnitude', reconstruct=False, "
-            "weights={'dense_target': False}."
+            f"{type(module).__name__} was called with a {type(value).__name__}; only tensors and "
+            "packed sequences are followed. Leave the module out with ignore, or prune it without "
+            "its inputs: criterion='magnitude', reconstruct=False, weights={'dense_target': False}."
         )
     return value
 

@@ -17,6 +17,7 @@ from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.streams import Call
 from hf_prune.weights.find import PROJECTIONS, Matrix, is_transposed
 from hf_prune.weights.inputs import main_tensor, real_rows
+from hf_prune.weights.recurrent import cell_rows, recurrent_rows
 
 ROUTING = ("top_k_index", "router_indices")
 """Names under which packed experts are told which experts each token goes to, `[tokens, k]`."""
@@ -37,74 +38,6 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, value: Tensor) -> Tensor
     kernel = range(3 + dims, 3 + 2 * dims)
     value = value.permute(1, 0, *positions, 2, *kernel)  # [G, B, *positions, I, *kernel]
     return value.flatten(2 + dims).flatten(1, 1 + dims)  # [G, B * positions, I * kernel]
-
-
-def _one_layer(module: nn.RNNBase, layer: int, *, reverse: bool) -> nn.RNNBase:
-    """One layer and direction of a recurrent module, as a module of its own."""
-    end = f"_l{layer}" + ("_reverse" if reverse else "")
-    weight: Tensor = getattr(module, f"weight_ih{end}")
-    kwargs: dict[str, Any] = {"bias": module.bias, "batch_first": module.batch_first}
-    if type(module) is nn.RNN:
-        kwargs["nonlinearity"] = module.nonlinearity
-    if module.proj_size:
-        kwargs["proj_size"] = module.proj_size
-    with torch.device("meta"):
-        make: Any = type(module)
-        single: nn.RNNBase = make(weight.shape[1], module.hidden_size, **kwargs)
-    state = {k.removesuffix("_l0"): k for k, _ in single.named_parameters()}
-    single.load_state_dict(
-        {k: getattr(module, stem + end).detach() for stem, k in state.items()}, assign=True
-    )
-    return single.eval()
-
-
-def _steps(module: nn.RNNBase, call: Call, key: str) -> Tensor:
-    """What a recurrent matrix is multiplied with, `[steps, C]`: inputs, or states before a step."""
-    value = main_tensor(module, call)
-    start = call.args[1] if len(call.args) > 1 else call.kwargs.get("hx")
-    states = start if isinstance(start, tuple) else (start,)
-    if value.ndim == 2:
-        value = value.unsqueeze(0 if module.batch_first else 1)
-        states = tuple(None if state is None else state.unsqueeze(1) for state in states)
-    time = 1 if module.batch_first else 0
-    ways = 2 if module.bidirectional else 1
-    for layer in range(module.num_layers):
-        results = []
-        for way in range(ways):
-            end = f"_l{layer}" + ("_reverse" if way else "")
-            if key == f"weight_ih{end}":
-                return value.flatten(0, 1)
-            single = _one_layer(module, layer, reverse=bool(way))
-            index = layer * ways + way
-            first = None
-            if states[0] is not None:
-                first = tuple(s[index : index + 1] for s in states if s is not None)
-                first = first if len(first) > 1 else first[0]
-            inputs = value.flip(time) if way else value
-            output = single(inputs, first)[0]
-            if key == f"weight_hh{end}":
-                before: Tensor = output.roll(1, time)
-                zero = torch.zeros_like(before.select(time, 0))
-                head = zero if states[0] is None else states[0][index]
-                before.select(time, 0).copy_(head)
-                return before.flatten(0, 1)
-            results.append(output.flip(time) if way else output)
-        value = torch.cat(results, dim=-1)
-    raise UnsupportedModelError(f"{type(module).__name__} has no matrix {key!r} to follow.")
-
-
-def _cell(module: nn.RNNCellBase, call: Call, key: str) -> Tensor:
-    """What a matrix of a recurrent cell is multiplied with, `[B, C]`: the input, or the state."""
-    value = main_tensor(module, call)
-    if key == "weight_ih":
-        return value.reshape(-1, value.shape[-1])
-    state = call.args[1] if len(call.args) > 1 else call.kwargs.get("hx")
-    state = state[0] if isinstance(state, tuple) else state
-    rows = value.numel() // value.shape[-1]
-    if state is None:
-        return value.new_zeros(rows, module.hidden_size)
-    before: Tensor = state.reshape(rows, module.hidden_size)
-    return before
 
 
 def _argument(call: Call, index: int, name: str) -> Any:
@@ -223,9 +156,9 @@ def rows_of(matrix: Matrix, module: nn.Module, call: Call, mask: Tensor | None) 
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return list(_patches(module, main_tensor(module, call)))
     if isinstance(module, nn.RNNBase):
-        return [_steps(module, call, matrix.name.rpartition(".")[2])]
+        return [recurrent_rows(module, call, matrix.name.rpartition(".")[2])]
     if isinstance(module, nn.RNNCellBase):
-        return [_cell(module, call, matrix.name.rpartition(".")[2])]
+        return [cell_rows(module, call, matrix.name.rpartition(".")[2])]
     if isinstance(module, nn.MultiheadAttention):
         key = matrix.name.removeprefix(matrix.module).removeprefix(".")
         return _attended(module, call, key, mask)

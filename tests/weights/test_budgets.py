@@ -293,11 +293,20 @@ class Packed(Last):
         return super().forward(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))
 
 
+@pytest.mark.parametrize("solver", ["uniform", "knapsack", "outliers"])
+def test_packed_sequences_are_pruned_as_padded_ones_of_one_length(solver):
+    batch, found = torch.randn(9, 5, 4), []
+    for make in (Last, Packed):
+        model = make(True)
+        sparsify_(model, [batch], sparsity=0.5, solver=solver)
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_what_a_budget_cannot_follow_is_said():
     with pytest.raises(UnsupportedModelError, match="gives a set, of which no gradient"):
         sparsify_(Picky(set), [torch.randn(9, 4)], sparsity=0.5, solver="knapsack")
-    with pytest.raises(UnsupportedModelError, match="Pass padded tensors instead of packed"):
-        sparsify_(Packed(True), [torch.randn(2, 5, 4)], sparsity=0.5, solver="knapsack")
 
 
 def test_gradients_of_what_never_ran_say_nothing():

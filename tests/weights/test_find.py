@@ -180,6 +180,11 @@ def test_patches_times_matrix_is_the_convolution(module):
     torch.testing.assert_close(product, expected.movedim(1, -1).flatten(0, -2))
 
 
+def by_time(value, axis):
+    """`[steps, C]`, the first step of all sequences first."""
+    return value.movedim(axis, 0).flatten(0, 1)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_rows_of_recurrent_matrices(kind, batch_first):
@@ -195,12 +200,12 @@ def test_rows_of_recurrent_matrices(kind, batch_first):
         before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
         if not batch_first:
             before = torch.cat([torch.zeros_like(states[:1]), states[:-1]], 0)
-        torch.testing.assert_close(rows[0], before.flatten(0, 1))
-    assert torch.equal(rows_of(module, "weight_ih_l0", inputs)[1][0], inputs.flatten(0, 1))
+        torch.testing.assert_close(rows[0], by_time(before, time))
+    assert torch.equal(rows_of(module, "weight_ih_l0", inputs)[1][0], by_time(inputs, time))
     first = kind(4, 3, bidirectional=True, batch_first=batch_first)
     first.load_state_dict({k: v for k, v in module.state_dict().items() if "_l0" in k})
     torch.testing.assert_close(
-        rows_of(module, "weight_ih_l1", inputs)[1][0], first(inputs)[0].flatten(0, 1)
+        rows_of(module, "weight_ih_l1", inputs)[1][0], by_time(first(inputs)[0], time)
     )
 
 
@@ -236,21 +241,54 @@ def test_rows_of_recurrent_cells(kind):
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_states_of_another_width_are_followed():
-    """Their projection is left alone; what the states are multiplied with is found."""
-    module = nn.LSTM(4, 6, proj_size=3)
-    assert [m.name for m in find_matrices(module)] == ["weight_ih_l0", "weight_hh_l0"]
-    inputs = torch.randn(5, 2, 4)
-    _, rows = rows_of(module, "weight_hh_l0", inputs)
-    states = module(inputs)[0]
-    before = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
+@pytest.mark.parametrize("given", [False, True])
+def test_states_that_are_projected(given):
+    """The matrix that projects is one, too, and what it is multiplied with gives the states."""
+    torch.manual_seed(0)
+    module = nn.LSTM(4, 6, proj_size=3, bidirectional=True)
+    names = ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]
+    assert [m.name for m in find_matrices(module)] == [*names, *(f"{n}_reverse" for n in names)]
+    inputs, start = torch.randn(5, 2, 4), (torch.randn(2, 2, 3), torch.randn(2, 2, 6))
+    more = (start,) if given else ()
+    states = module(inputs, *more)[0]
+    zero = torch.zeros(1, 2, 3)
+    _, rows = rows_of(module, "weight_hh_l0", inputs, *more)
+    before = torch.cat([start[0][:1] if given else zero, states[:-1, :, :3]])
     torch.testing.assert_close(rows[0], before.flatten(0, 1))
+    for end, part in (("", states[..., :3]), ("_reverse", states[..., 3:].flip(0))):
+        matrix, rows = rows_of(module, f"weight_hr_l0{end}", inputs, *more)
+        torch.testing.assert_close(rows[0] @ matrix.parameter.T, part.flatten(0, 1))
 
 
-def test_packed_sequences_are_refused_by_name():
-    sequence = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 4), [5, 3])
-    with pytest.raises(UnsupportedModelError, match="LSTM was called with a PackedSequence"):
-        rows_of(nn.LSTM(4, 3), "weight_ih_l0", sequence)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("given", [False, True])
+def test_packed_sequences_are_those_that_they_hold(kind, given):
+    """Each alone, one after the other, would give the same rows, in whatever order."""
+    torch.manual_seed(0)
+    more = {"proj_size": 2} if kind is nn.LSTM else {}
+    module = kind(4, 3, num_layers=2, bidirectional=True, **more)
+    sequences = [torch.randn(length, 4) for length in (2, 5, 3)]
+    width = 2 if more else 3
+    states = (torch.randn(4, 3, width), torch.randn(4, 3, 3))
+    start = states if kind is nn.LSTM else states[0]
+    packed = nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+    for matrix in find_matrices(module):
+        _, rows = rows_of(module, matrix.name, packed, *([start] if given else []))
+        alone = []
+        for index, sequence in enumerate(sequences):
+            own = tuple(state[:, index] for state in states)
+            first = [own if kind is nn.LSTM else own[0]] if given else []
+            alone.append(rows_of(module, matrix.name, sequence, *first)[1][0])
+        expected = torch.cat(alone)
+        assert rows[0].shape == expected.shape
+        torch.testing.assert_close(rows[0].T @ rows[0], expected.T @ expected)
+        torch.testing.assert_close(rows[0].sum(0), expected.sum(0))
+
+
+def test_what_is_no_tensor_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match="Linear was called with a list; only tensors"):
+        rows_of(nn.Linear(4, 3), "weight", [torch.randn(5, 4)])
 
 
 def test_rows_of_experts_are_the_tokens_routed_to_them():
