@@ -28,7 +28,8 @@ def _default_of(structure: str, **others: str) -> Callable[[dict[str, Any]], str
 def _default_criterion(data: dict[str, Any]) -> str:
     if {"experts", "expert_neurons"} & set(data.get("units", ())):
         return "fisher"
-    return _default_of("kfac_obs", weights="admm", hidden="fisher")(data)
+    weights = "admm" if data.get("schedule") is None else "magnitude"
+    return _default_of("kfac_obs", weights=weights, hidden="fisher")(data)
 
 
 class Prune(Model):
@@ -43,10 +44,13 @@ class Prune(Model):
     have in common. Single `weights` become zero. Where `heads`, `query_heads` or `neurons` and
     `weights` share a stage, `sparsity` is of the entries of all matrices that weights are in, and
     how much of it goes as units is tried out."""
+    schedule: Schedule | None = None
+    """None: in one shot. Otherwise masks close while the following stage trains."""
     criterion: str = Field(default_factory=_default_criterion)
     """A key of `hf_prune.criteria.CRITERIA`. For weights: one of
-    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, for weights `admm`, and `fisher`
-    for the hidden width and with units of experts, whose inputs are not those of one projection."""
+    `hf_prune.weights.problem.CRITERIA`. If not given, `kfac_obs`, for weights `admm` and with a
+    schedule `magnitude`, and `fisher` for the hidden width and with units of experts, whose inputs
+    are not those of one projection."""
     solver: str = Field(default_factory=_default_of("knapsack", weights="uniform"))
     """A key of `hf_prune.budget.solvers.SOLVERS`. For weights: `uniform` (the same share of each
     matrix), `global` (one ranking), `outliers`, or `knapsack` (by layer errors). If not given,
@@ -119,8 +123,6 @@ class Prune(Model):
     distribution. One calibration example in five is held out of all prune stages, and they say
     whether the result is kept. With thousands of examples it pays where most of an encoder went;
     with a few hundred, or little text for a decoder, the examples that judge were worth more."""
-    schedule: Schedule | None = None
-    """None: in one shot. Otherwise masks close while the following stage trains."""
     masks: Literal["scored", "movement", "soft_movement", "l0"] = "scored"
     """With a schedule: `scored` by the criterion; or learned: `movement` (the best scores stay) and
     `soft_movement` (scores above a threshold stay; arXiv:2005.07683), or `l0` (hard-concrete gates,

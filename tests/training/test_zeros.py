@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2ForSequenceClassification, Trainer, TrainingArguments
 
-from hf_prune import KeepZeros, PruneCallback
+from hf_prune import KeepZeros, PruneCallback, load_recipe
 from hf_prune.errors import (
     ConfigError,
     DataError,
@@ -449,7 +449,16 @@ def test_what_cannot_grow_is_refused():
     with pytest.raises(ConfigError, match="grows with a schedule in every matrix alike"):
         PruneCallback(told)
     with pytest.raises(ConfigError, match="criterion 'admm' is not for single weights while"):
-        PruneCallback(recipe())
+        PruneCallback(recipe(criterion="admm"))
+
+
+def test_the_default_criterion_is_one_that_training_has():
+    found = load_recipe(recipe())
+    assert found.prune_stages[0].criterion == "magnitude"
+    assert load_recipe(found.model_dump(mode="json")) == found
+    PruneCallback(found)
+    one_shot = {"stage": "prune", "units": ["weights"], "sparsity": 0.5}
+    assert load_recipe({"stages": [one_shot]}).prune_stages[0].criterion == "admm"
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
