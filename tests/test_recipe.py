@@ -59,6 +59,13 @@ def recipes(draw):
     return Recipe(seed=draw(st.integers(0, 2**40)), stages=tuple(stages))
 
 
+def test_one_wrong_key_is_one_line():
+    """Defaults that depend on it say nothing of themselves."""
+    with pytest.raises(ConfigError) as error:
+        load_recipe({"stages": [{"stage": "prune", "units": "heads", "sparsity": 0.5}]})
+    assert str(error.value) == "recipe: stages.0.units: Input should be a valid array"
+
+
 @settings(max_examples=50, deadline=None)
 @given(recipe=recipes())
 def test_round_trip(recipe):

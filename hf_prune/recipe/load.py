@@ -137,6 +137,8 @@ def explain(error: ValidationError, root: "type[BaseModel] | None" = None) -> st
     """
     lines = []
     for item in error.errors(include_url=False):
+        if item["type"] == "default_factory_not_called":
+            continue  # because another field is wrong, which says so itself
         location = item["loc"]
         where = ".".join(
             str(part) for part in location if part not in ("prune", "train", "distill", "student")
