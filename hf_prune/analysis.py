@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_prune.criteria import get_criterion, needs
@@ -160,8 +162,9 @@ def _curves(
     sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
     whole = torch.zeros(1, 4, dtype=torch.float64, device=model.device)
     gates = attach_gates(model, sites)
+    title, quiet = "Masking each site", not PartialState().is_main_process
     try:
-        for batch in batches:
+        for batch in tqdm(batches, desc=title, disable=quiet):
             batch = to_device(batch, model.device)
             kwargs = forward_kwargs(model, batch, labels=labelled)
             given = model(**kwargs)
@@ -296,4 +299,5 @@ def analyse_file(
         elif loaded.get_output_embeddings() is not None:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         batches.append(batch)
+    loaded.to(PartialState().device)
     return analyse_sensitivity(loaded, batches, criteria, kinds=kinds, fractions=fractions)
