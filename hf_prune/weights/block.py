@@ -1,7 +1,7 @@
 """One block after another, matrix after matrix, in the order in which data passes through them.
 
 The dense block says what should come out, the already pruned one what really goes in. A block is
-one layer of a known family, or any other module as a whole.
+one layer, or any other module as a whole.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

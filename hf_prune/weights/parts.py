@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.sites import Site, base_model, find_sites
 from hf_prune.statistics.streams import by_layer, by_stack, in_order
+from hf_prune.weights.chains import chained_layers
 from hf_prune.weights.find import Matrix
 from hf_prune.weights.inputs import check_ran
 from hf_prune.weights.walk import Inputs, call_model
@@ -16,14 +17,15 @@ from hf_prune.weights.walk import Inputs, call_model
 def known_layers(model: nn.Module, batches: Sequence[Inputs]) -> dict[str, list[Site]]:
     """The sites of each layer, where one layer can be run after the other; else nothing.
 
-    A layer that runs several times, or not at all, cannot.
+    A layer that runs several times, or not at all, cannot. Of families that are not known layers
+    have no sites, and run alone where one pass shows that they can.
     """
     if not isinstance(model, PreTrainedModel):
         return {}
     try:
         layers = by_layer(find_sites(model))
     except UnsupportedModelError:
-        return {}
+        return {name: [] for name in chained_layers(model, batches[0])}
     with in_order(base_model(model), list(layers)) as order:
         call_model(model, batches[0])
     return layers if sorted(order) == sorted(layers) else {}

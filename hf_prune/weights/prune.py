@@ -1,6 +1,6 @@
 """Single weights of a whole model: layer by layer where layers are known, else from its input.
 
-Of a known family one layer runs at a time, and only its dense copy is kept: the model itself holds
+Where layers form a chain one runs at a time, and only its dense copy is kept: the model itself holds
 the layers that are pruned already and those that are still dense. Any other module is copied, and
 run from its input as far as the matrices in question. Where what the dense network computes is not
 the target, nothing is copied, and no dense layer runs.
@@ -80,7 +80,7 @@ def _prune_without_data(matrices: Sequence[Matrix], job: Job) -> None:
 
 @dataclass
 class _Layer:
-    """One layer of a known family, in both networks, and the streams that pass through it.
+    """One layer of a chain, in both networks, and the streams that pass through it.
 
     Without a dense copy only the stream of the pruned network moves on. `both` says of each batch
     which tokens of an encoder and a decoder are real, where there are both.
@@ -303,7 +303,7 @@ def prune_weights_(
         options: criterion, pattern, target and re-fit.
         batches: calibration inputs: dicts of tensors for transformers, else tensors or tuples.
             Padding is not counted where an attention mask says so.
-        progress: where finished layers are kept, of known families only.
+        progress: where finished layers are kept, of models in which layers form a chain.
         earlier: masks of earlier stages. Their zeros stay zeros, and count as removed.
 
     Returns:
@@ -367,7 +367,7 @@ def _prune_with_data(
         if outside:
             _prune_whole(model, dense, outside, batches, job)
         if stack:
-            assert isinstance(model, PreTrainedModel)  # noqa: S101  # a known family
+            assert isinstance(model, PreTrainedModel)  # noqa: S101  # of which a chain is known
             streams = starts.pop(next(iter(stack)))
             if changed or outside:
                 start_again_(model, streams, batches, list(stack))

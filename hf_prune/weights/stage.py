@@ -287,7 +287,7 @@ def sparsify_(
             transformers; a DataLoader of them, too. Not needed with `criterion="magnitude",
             reconstruct=False, weights={"dense_target": False}`.
         seed: of everything random.
-        progress: a folder in which finished layers of a known family are kept: a run that was
+        progress: a folder in which finished layers of a transformer are kept: a run that was
             broken off goes on there when the dense module is passed again.
         fields: of a recipe's stage `prune` with `units: [weights]`: `sparsity`,
             `weights={"pattern": "2:4"}` or `{"threshold_std": 0.5}`, `criterion`, `solver`,
