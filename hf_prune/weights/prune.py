@@ -1,6 +1,6 @@
 """Single weights of a whole model: layer by layer where layers are known, else from its input.
 
-Where layers form a chain one runs at a time, and only its dense copy is kept: the model itself holds
+Where layers form a chain one runs at a time, and only its dense copy is kept: the model has
 the layers that are pruned already and those that are still dense. Any other module is copied, and
 run from its input as far as the matrices in question. Where what the dense network computes is not
 the target, nothing is copied, and no dense layer runs.
