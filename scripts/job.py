@@ -136,10 +136,15 @@ class Job:
         """Token ids and labels of rows; padding is left to the collator."""
         return self.task.encode(data, self.tokenizer, self.columns, self.arguments.max_length)
 
-    def batches(self, rows: Dataset, size: int, title: str) -> Iterator[Batch]:
-        """This process's share of some rows, as padded batches."""
+    def batches(
+        self, rows: Dataset, size: int, title: str, *, by_length: bool = False
+    ) -> Iterator[Batch]:
+        """This process's share of some rows, padded in batches; if asked, by their length."""
         state = PartialState()
         mine = rows.shard(state.num_processes, state.process_index)
+        if by_length:
+            lengths = [len(ids) for ids in mine["input_ids"]]
+            mine = mine.select(sorted(range(len(mine)), key=lengths.__getitem__, reverse=True))
         loader = DataLoader(mine, batch_size=size, collate_fn=self.collator)
         for batch in tqdm(loader, desc=title, disable=not state.is_main_process):
             yield dict(batch)
@@ -147,8 +152,9 @@ class Job:
     def measure(self, name: str, model: PreTrainedModel) -> None:
         """Evaluate a model and write its figures under `stages`."""
         size = self.arguments.eval_batch_size
+        title = f"Measuring {name}"
         scores = self.task.measure(
-            model, self.batches(self.data["test"], size, f"Measuring {name}")
+            model, self.batches(self.data["test"], size, title, by_length=True)
         )
         examples = scores.pop("examples")
         self.report["stages"][name] = measure_stage(model, self.arguments.max_length) | scores
@@ -305,7 +311,8 @@ class Job:
 
     def _score(self, model: PreTrainedModel, part: str) -> float:
         size = self.arguments.eval_batch_size
-        figures = self.task.measure(model, self.batches(self.data[part], size, "Measuring"))
+        batches = self.batches(self.data[part], size, "Measuring", by_length=True)
+        figures = self.task.measure(model, batches)
         return figures.get("f1", figures.get("accuracy", -figures.get("loss", 0.0)))
 
     def make_student(self, stage: Student) -> None:

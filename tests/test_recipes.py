@@ -194,9 +194,9 @@ def test_a_floor_is_judged_by_rows_that_nothing_else_sees(folder, files, task, m
     titles = []
     plain = scripts_job.Job.batches
 
-    def batches(self, rows, size, title):
+    def batches(self, rows, size, title, **how):
         titles.append((title, rows is self.data["floor"], rows is self.data["test"]))
-        return plain(self, rows, size, title)
+        return plain(self, rows, size, title, **how)
 
     monkeypatch.setattr(scripts_job.Job, "batches", batches)
     result = job.run()
@@ -324,6 +324,25 @@ def test_a_killed_script_goes_on(folder, files, tmp_path, monkeypatch):
     assert resumed.plan.fingerprint() == whole.plan.fingerprint()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_measuring_pads_little_and_counts_every_row(folder, files):
+    """Rows of like length run together, and each of them once."""
+    recipe = load_recipe({"stages": [PRUNE.model_dump(mode="json")]})
+    found = scripts_arguments.Arguments(max_length=16, **files["text-classification"])
+    job = scripts_job.Job(found, recipe, folder("bert"))
+    rows = job.data["test"]
+    padded, counts = [], []
+    for by_length in (False, True):
+        batches = list(job.batches(rows, 8, "Measuring", by_length=by_length))
+        seen = [ids for b in batches for ids in b["input_ids"].tolist()]
+        found = sorted(tuple(i for i in ids if i) for ids in seen)
+        assert found == sorted(tuple(ids) for ids in rows["input_ids"])
+        padded.append(sum(int((b["attention_mask"] == 0).sum()) for b in batches))
+        counts.append(job.task.measure(job.model, iter(batches)))
+    assert padded[1] < padded[0]
+    assert counts[1]["accuracy"] == counts[0]["accuracy"]
+    assert counts[1]["examples"] == counts[0]["examples"] == len(rows)
 
 
 def test_texts_without_labels_are_cut_and_taught(folder, files, tokenizer):
