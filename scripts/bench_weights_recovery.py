@@ -52,5 +52,5 @@ def command(
             run = variant(job)
             run.prune(_stage(name, wanted))
             rows.add(key, _row(run, rows, title))
-            run.train(Train(num_train_epochs=epochs, learning_rate=5e-5), (), 1)
+            run.train(Train(num_train_epochs=epochs, learning_rate=1e-4), (), 1)
             rows.add(f"{key}, recovered", _row(run, rows, title))
