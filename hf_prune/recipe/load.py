@@ -21,9 +21,9 @@ from hf_prune.recipe.train import Distill, Student, Train
 from hf_prune.recipe.vocabulary import Vocabulary
 from hf_prune.recipe.weights import Weights
 
-MAX_RECIPE_BYTES = 1 << 20
 FILES = (".yaml", ".yml")
 """How the name of a template ends that is read from a file."""
+MAX_RECIPE_BYTES = 1 << 20
 """A recipe file larger than this is refused before it is parsed."""
 
 _AnyStage = Union[Prune, Train, Distill, Student, Vocabulary]  # noqa: UP007  # pydantic reads it
@@ -98,14 +98,14 @@ class Recipe(Model):
         return dump_yaml(self.model_dump(mode="json"))
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, what: str = "recipe") -> str:
     try:
         size = path.stat().st_size
         if size > MAX_RECIPE_BYTES:
-            raise ConfigError(f"{path} has {size} bytes; a recipe has at most {MAX_RECIPE_BYTES}.")
+            raise ConfigError(f"{path} has {size} bytes; a {what} has at most {MAX_RECIPE_BYTES}.")
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from error
+        raise ConfigError(f"cannot read the {what} {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text.") from error
 
@@ -156,12 +156,17 @@ def explain(error: ValidationError, root: "type[BaseModel] | None" = None) -> st
 
 def _written_out(name: str, folder: Path) -> Any:
     """The data of a template that is given by its name, or by the path of a file."""
-    if not name.endswith(FILES):
+    if not name.lower().endswith(FILES):
         return {"pattern": name}
     try:
-        return parse_yaml(_read(folder / name))
+        data = parse_yaml(_read(folder / name, "template"))
     except ConfigError as error:
         raise ConfigError(f"template {name}: {error}") from error
+    if not isinstance(data, Mapping) or "pattern" not in data:
+        raise ConfigError(
+            f"template {name}: it must say pattern: ..., one of {', '.join(sorted(PATTERNS))}."
+        )
+    return data
 
 
 def _with_templates(data: Any, folder: Path) -> tuple[Any, dict[Any, str]]:
@@ -179,7 +184,7 @@ def _with_templates(data: Any, folder: Path) -> tuple[Any, dict[Any, str]]:
             written.append(stage)
             continue
         written.append({**stage, "template": _written_out(name, folder)})
-        if name.endswith(FILES):
+        if name.lower().endswith(FILES):
             files[index] = name
     return {**data, "stages": written}, files
 
@@ -209,7 +214,7 @@ def load_recipe(source: "Recipe | str | os.PathLike[str] | Mapping[str, Any]") -
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         wrong = {item["loc"][1] for item in error.errors() if "template" in item["loc"]}
-        read = "".join(f"{files[index]}, read by " for index in sorted(wrong & files.keys()))
-        raise ConfigError(f"{read}{name}: {explain(error)}") from error
+        read = [f"stages.{at}.template was read from {files[at]}" for at in wrong & files.keys()]
+        raise ConfigError("\n".join([f"{name}: {explain(error)}", *sorted(read)])) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: only plain values are allowed ({error}).") from error

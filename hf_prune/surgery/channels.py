@@ -1,9 +1,12 @@
 """Channels of any module that single zeros have left without effect: found, and really removed.
 
 For modules that nobody has described, such as a plain CNN. What is not certain, as across a sum of
-two branches, stays as it is.
+two branches, stays as it is; and nothing is changed before a copy without these channels was seen
+to give the same.
 """
 
+import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,13 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.recipe import did_you_mean
-from hf_prune.surgery.flows import Flow, Layer, Way, find_flows
+from hf_prune.statistics.streams import in_eval
+from hf_prune.surgery.flows import NORMS, Flow, Layer, Way, find_flows
 
 Masks = Mapping[str, Tensor]
+SIZES = (("out_features", "out_channels", "num_features"), ("in_features", "in_channels"))
+"""Attributes that say how many channels a module gives, and reads."""
+ROUNDING = 4096
+"""Outputs may differ by so many units in the last place of the largest one."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +48,25 @@ def _columns(layer: Layer, way: Way) -> Tensor:
     return columns.transpose(0, 1)
 
 
-def _folds(layer: Layer, way: Way) -> Tensor:
+def _has_border(layer: Layer) -> bool:
+    """Whether a convolution sees zeros beyond the border."""
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
+        return False
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and any(size > 1 for size in layer.kernel_size)
+    return any(layer.padding)
+
+
+def _folds(layer: Layer, way: Way, mask: Tensor | None) -> Tensor:
     """Constant channels that a reader can take into its bias, `[C]`: it has one, and no border."""
     value = way.value.flatten()
-    if layer.bias is None:
+    held = mask is not None and not bool(mask.all())  # some of its biases are to stay zero
+    if layer.bias is None or held or _has_border(layer):
         return torch.zeros_like(value, dtype=torch.bool)
-    if not isinstance(layer, nn.Linear) and layer.padding_mode == "zeros":
-        return value.isfinite() & (not any(layer._reversed_padding_repeated_twice))
     return value.isfinite()
 
 
-def _dead(root: nn.Module, flow: Flow) -> Tensor:
+def _dead(root: nn.Module, flow: Flow, masks: Masks) -> Tensor:
     """Channels without an effect that is not constant, `[C]`; one always stays."""
     layer: Any = root.get_submodule(flow.layer)
     unread = torch.ones(layer.weight.shape[0], dtype=torch.bool, device=layer.weight.device)
@@ -57,7 +74,7 @@ def _dead(root: nn.Module, flow: Flow) -> Tensor:
     for name, way in flow.readers.items():
         reader: Any = root.get_submodule(name)
         unread &= (_columns(reader, way) == 0).flatten(1).all(dim=1)
-        moves &= (way.value.flatten() == 0) | _folds(reader, way)
+        moves &= (way.value.flatten() == 0) | _folds(reader, way, masks.get(f"{name}.bias"))
     constant = (layer.weight.detach() == 0).flatten(1).all(dim=1)
     dead: Tensor = unread | (constant & moves)
     if dead.all():
@@ -65,15 +82,17 @@ def _dead(root: nn.Module, flow: Flow) -> Tensor:
     return dead
 
 
-def _fold_(root: nn.Module, flow: Flow, dead: Tensor) -> None:
+def _fold_(root: nn.Module, flow: Flow, dead: Tensor, masks: Masks) -> None:
     """Add what dead channels give to the biases of their readers."""
     layer: Any = root.get_submodule(flow.layer)
     constant = (layer.weight == 0).flatten(1).all(dim=1) & dead
     for name, way in flow.readers.items():
         reader: Any = root.get_submodule(name)
-        values = way.value.flatten().where(constant & _folds(reader, way), 0)  # [C]
+        moves = constant & _folds(reader, way, masks.get(f"{name}.bias"))
+        values = way.value.flatten().where(moves, 0)  # [C]
         if values.any():
-            reader.bias += torch.einsum("con,c->o", _columns(reader, way), values)
+            more = torch.einsum("con,c->o", _columns(reader, way), values)
+            reader.bias = nn.Parameter(reader.bias + more, reader.bias.requires_grad)
 
 
 def _narrow_(
@@ -89,11 +108,10 @@ def _narrow_(
         place = f"{name}.{key}"
         if place in masks:
             masks[place] = masks[place].index_select(axis, index.to(masks[place].device))
-    for key, value in list(module._buffers.items()):
-        if value is not None and axis == 0 and value.ndim == 1:
-            module._buffers[key] = value.index_select(0, index)
-    sizes = ("out_features", "out_channels", "num_features"), ("in_features", "in_channels")
-    for size in sizes[axis]:
+    if isinstance(module, NORMS):
+        for key in ("running_mean", "running_var"):
+            module._buffers[key] = getattr(module, key).index_select(0, index)
+    for size in SIZES[axis]:
         if hasattr(module, size):
             setattr(module, size, len(index))
 
@@ -107,6 +125,24 @@ def _keep_(root: nn.Module, flow: Flow, kept: Sequence[int], masks: dict[str, Te
     for name, way in flow.readers.items():
         span = torch.arange(way.span, device=device)
         _narrow_(root, name, (index[:, None] * way.span + span).flatten(), 1, masks)
+
+
+def _write_back_(module: nn.Module, narrowed: nn.Module) -> None:
+    """Give a module the parameters, buffers and sizes of its narrowed copy, where they differ."""
+    for name, other in narrowed.named_modules():
+        own = module.get_submodule(name)
+        for held, theirs in (
+            (own._parameters, other._parameters),
+            (own._buffers, other._buffers),
+        ):
+            for key, value in theirs.items():
+                now = held.get(key)
+                same = now is None or value is None or value.shape == now.shape
+                if not same or (now is not None and not torch.equal(now, value)):
+                    held[key] = value
+        for size in (*SIZES[0], *SIZES[1]):
+            if size in vars(own):
+                setattr(own, size, getattr(other, size))
 
 
 def _arguments(module: nn.Module, batch: Any) -> tuple[Any, ...]:
@@ -128,15 +164,95 @@ def _arguments(module: nn.Module, batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
+def _outputs(module: nn.Module, batch: tuple[Any, ...]) -> list[Any]:
+    """All tensors and numbers that come out in eval mode, random ones as with one seed."""
+    with in_eval(module), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tree_leaves(module(*copy.deepcopy(batch)))
+
+
+def _runs(module: nn.Module, batch: tuple[Any, ...]) -> bool:
+    """Whether a copy of a module runs in training mode."""
+    copied = copy.deepcopy(module).train()
+    with contextlib.suppress(Exception):  # whatever the forward of a stranger raises
+        copied(*copy.deepcopy(batch))
+        return True
+    return False
+
+
+def _is_same(one: Any, two: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return bool(one == two) or not isinstance(one, int | float | str)
+    if one.shape != two.shape or not one.is_floating_point():
+        return torch.equal(one, two)
+    largest = float(one.abs().nan_to_num().max()) if one.numel() else 0.0
+    allowed = ROUNDING * torch.finfo(one.dtype).eps * max(largest, 1.0)
+    return torch.allclose(one, two, rtol=0, atol=allowed, equal_nan=True)
+
+
+def _check_same(module: nn.Module, narrowed: nn.Module, batch: tuple[Any, ...]) -> None:
+    """Refuse to go on where a copy without some channels gives something else.
+
+    Raises:
+        UnsupportedModelError: saying so.
+    """
+    expected, same = _outputs(copy.deepcopy(module), batch), False
+    with contextlib.suppress(Exception):  # whatever the forward of a stranger raises
+        found = _outputs(copy.deepcopy(narrowed), batch)
+        same = len(found) == len(expected) and all(map(_is_same, expected, found))
+    if not same:
+        raise UnsupportedModelError(
+            f"without channels that seem to have no effect {type(module).__name__} gives something "
+            "else: its forward reads more than the calls of its layers. Nothing was changed."
+        )
+    if _runs(module, batch) and not _runs(narrowed, batch):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} computes otherwise in training mode, and could not train "
+            "without channels that have no effect in eval mode. Nothing was changed."
+        )
+
+
+def _check_masks(module: nn.Module, masks: Masks) -> None:
+    """Refuse masks of what there is not.
+
+    Raises:
+        DataError: naming the first one.
+    """
+    shapes = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
+    for name, mask in masks.items():
+        if shapes.get(name) != mask.shape:
+            raise DataError(f"the mask {name!r} of shape {list(mask.shape)} fits no parameter.")
+
+
+def _checked_copy(module: nn.Module, batch: tuple[Any, ...]) -> nn.Module:
+    """A copy that runs.
+
+    Raises:
+        DataError: when it does not.
+    """
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"the forward of {type(module).__name__} was replaced: unwrap it first."
+        )
+    copied = copy.deepcopy(module)
+    try:
+        with torch.no_grad():
+            _outputs(copied, batch)
+    except Exception as error:  # whatever the forward of a stranger raises
+        raise DataError(f"{type(module).__name__} does not run on this batch: {error}") from error
+    return copied
+
+
 @torch.no_grad()
 def remove_dead_channels_(module: nn.Module, batch: Any, masks: Masks | None = None) -> Channels:
     """Really remove, in place, channels that zeros have left without effect.
 
     A channel of a linear layer or a convolution goes when nothing reads it, or when its own weights
     are all zero: what its bias gives moves into the biases of the layers that read it. In eval mode
-    the module computes the same as before. Its shapes and parameters are others: make an optimizer
-    afterwards, and call `keep_channels_` on a new module before it loads the state. States of
-    recurrent layers, sums of branches and what `forward` reads in other ways stay as they are.
+    the module computes the same as before: a copy is compared on the batch, and nothing is changed
+    otherwise. Its shapes and parameters are others: make an optimizer afterwards, and call
+    `keep_channels_` on a new module before it loads the state. States of recurrent layers, sums of
+    branches, layers with hooks, and what `forward` reads in other ways stay as they are.
 
     Args:
         module: that `torch.fx` can trace, on one device.
@@ -144,23 +260,29 @@ def remove_dead_channels_(module: nn.Module, batch: Any, masks: Masks | None = N
         masks: of single weights, by parameter name.
 
     Raises:
-        DataError: for a batch that is something else.
-        UnsupportedModelError: for a module that cannot be traced, or a model of transformers.
+        DataError: for a batch or masks that do not fit the module.
+        UnsupportedModelError: for a module that cannot be traced, or gives something else without
+            these channels; or for a model of transformers. Nothing was changed.
     """
     arguments = _arguments(module, batch)
     narrowed, kept, again = dict(masks or {}), dict[str, list[int]](), True
+    _check_masks(module, narrowed)
+    work = _checked_copy(module, arguments)
     while again:  # what nobody reads any more has read something itself
         again = False
-        for flow in list(find_flows(module, arguments)):
-            dead = _dead(module, flow)
+        for flow in find_flows(work, arguments):
+            dead = _dead(work, flow, narrowed)
             if not dead.any():
                 continue
             again = True
-            _fold_(module, flow, dead)
+            _fold_(work, flow, dead, narrowed)
             stay = (~dead).nonzero().flatten().tolist()
             before = kept.get(flow.layer, range(len(dead)))
             kept[flow.layer] = [before[place] for place in stay]
-            _keep_(module, flow, stay, narrowed)
+            _keep_(work, flow, stay, narrowed)
+    if kept:
+        _check_same(module, work, arguments)
+        _write_back_(module, work)
     return Channels({name: tuple(places) for name, places in kept.items()}, narrowed)
 
 
@@ -174,20 +296,26 @@ def keep_channels_(module: nn.Module, batch: Any, kept: Mapping[str, Sequence[in
 
     Raises:
         ConfigError: for a layer or channel that there is not.
-        DataError: for a batch that is not a tensor or a tuple.
+        DataError: for a batch that does not fit the module.
         UnsupportedModelError: for a module that cannot be traced, or a model of transformers.
     """
-    flows = {flow.layer: flow for flow in find_flows(module, _arguments(module, batch))}
+    arguments = _arguments(module, batch)
+    work = _checked_copy(module, arguments)
+    flows = {flow.layer: flow for flow in find_flows(work, arguments)}
+    names = [name for name, _ in module.named_modules()]
     for name, places in kept.items():
+        if name not in names:
+            raise ConfigError(f"there is no layer {name!r}{did_you_mean(name, list(flows))}")
         if name not in flows:
-            raise ConfigError(
-                f"channels of {name!r} cannot be removed{did_you_mean(name, list(flows))}"
-            )
+            raise ConfigError(f"which layers read the channels of {name!r} is not certain here.")
         count = len(module.get_submodule(name).weight)  # type: ignore[arg-type]  # of a layer
-        rising = all(low < high for low, high in pairwise(places))
-        if not places or not rising or not 0 <= places[0] <= places[-1] < count:
-            raise ConfigError(
-                f"{name}: {list(places)} are not rising indices of its {count} channels."
-            )
+        numbers = all(isinstance(place, int) for place in places)
+        if not numbers or not len(places) or not _rises(places) or places[-1] >= count:
+            raise ConfigError(f"{name}: {places} are not rising indices of its {count} channels.")
     for name, places in kept.items():
-        _keep_(module, flows[name], places, {})
+        _keep_(work, flows[name], places, {})
+    _write_back_(module, work)
+
+
+def _rises(places: Sequence[int]) -> bool:
+    return places[0] >= 0 and all(low < high for low, high in pairwise(places))

@@ -4,6 +4,7 @@ Traced by `torch.fx`, and followed past what works on each channel alone: activa
 """
 
 import copy
+import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 
 from hf_prune.errors import UnsupportedModelError
@@ -19,6 +19,7 @@ from hf_prune.statistics.streams import in_eval
 from hf_prune.weights.find import CONVOLUTIONS
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+LAYERS = (nn.Linear, *CONVOLUTIONS)
 ELEMENTWISE = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -27,19 +28,20 @@ ELEMENTWISE = (
 """Modules that make every number from the one in its place, by one rule for all channels."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """Modules that do so by a rule of each channel; with what they have stored, not with the batch."""
-POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-)
-"""Modules that make every number from neighbours in the same channel."""
+POOLS: dict[Any, int] = {
+    **{nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3},
+    **{nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3},
+    **{nn.AdaptiveMaxPool1d: 1, nn.AdaptiveMaxPool2d: 2, nn.AdaptiveMaxPool3d: 3},
+    **{nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3},
+    **{F.max_pool1d: 1, F.max_pool2d: 2, F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2},
+}
+"""What makes every number from neighbours in the same channel, and over how many axes."""
 FUNCTIONS = (
     *(torch.relu, torch.tanh, torch.sigmoid),
     *(F.relu, F.gelu, F.silu, F.leaky_relu, F.elu, F.tanh, F.sigmoid),
 )
-POOLING = (F.max_pool1d, F.max_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d)
 METHODS = ("relu", "tanh", "sigmoid")
-"""Functions, and methods of tensors, that do as these modules do."""
+"""Functions, and methods of tensors, that do as the modules of `ELEMENTWISE` do."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class Way:
     """How far the channels of a layer were followed, and what a constant one gives there.
 
     `value` is `[1, C]`, with ones for positions; it is NaN where it differs at borders. `span`
-    neighbours come from one channel after positions were laid side by side.
+    neighbours come from one channel after positions were laid side by side. `alone`: nothing else
+    reads what was passed, so that it may be written to in place.
     """
 
     node: fx.Node
     value: Tensor
     span: int = 1
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,70 +68,124 @@ class Flow:
     readers: dict[str, Way]
 
 
-def _own_layers(module: nn.Module) -> dict[str, Layer]:
-    """Layers whose parameters are theirs alone, and not computed from others."""
+def _is_plain(part: nn.Module, kinds: Any) -> bool:
+    """Whether a module is one of some classes, and does what its class does, and nothing else."""
+    hooks = part._forward_hooks or part._forward_pre_hooks
+    return type(part) in kinds and not hooks and "forward" not in vars(part)
+
+
+def _owned(root: nn.Module) -> dict[str, nn.Module]:
+    """Plain layers and norms that stand in one place, with parameters that are theirs alone."""
     holders: dict[int, int] = {}
-    for part in module.modules():
+    for part in root.modules():
         for parameter in part._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    places: dict[int, int] = {}
+    for _, part in root.named_modules(remove_duplicate=False):
+        places[id(part)] = places.get(id(part), 0) + 1
     return {
         name: part
-        for name, part in module.named_modules()
-        if isinstance(part, (nn.Linear, *CONVOLUTIONS))
+        for name, part in root.named_modules()
+        if _is_plain(part, (*LAYERS, *NORMS))
+        and places[id(part)] == 1
         and getattr(part, "groups", 1) == 1
-        and "weight" in part._parameters
         and all(holders[id(own)] == 1 for own in part._parameters.values() if own is not None)
     }
 
 
-def _trace(module: nn.Module, batch: tuple[Any, ...]) -> fx.Graph:
+class _Shapes(fx.Interpreter):
+    """Runs a graph, and notes the shape of every tensor in it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = result.shape
+        return result
+
+
+def _trace(root: nn.Module, batch: tuple[Any, ...]) -> fx.Graph:
     """What the module does, with the shape of every result for this batch.
 
     Raises:
         UnsupportedModelError: when `torch.fx` cannot tell.
     """
+    parameters = list(inspect.signature(type(root).forward).parameters.values())[1 + len(batch) :]
+    told = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
-        with in_eval(module), torch.no_grad():
-            graph = fx.Tracer().trace(module)
-            ShapeProp(fx.GraphModule(module, graph)).propagate(*batch)
+        if "forward" in vars(root):
+            raise TypeError("its forward was replaced")
+        with in_eval(root), torch.no_grad():
+            graph = fx.Tracer().trace(root, told)
+            _Shapes(fx.GraphModule(root, graph)).run(*copy.deepcopy(batch))
     except Exception as error:  # whatever the forward of a stranger does while it is traced
         raise UnsupportedModelError(
-            f"torch.fx cannot trace {type(module).__name__} ({error}), so that which layer reads "
+            f"torch.fx cannot trace {type(root).__name__} ({error}), so that which layer reads "
             "which channel is not known: leave its shapes as they are."
         ) from error
     return graph
 
 
-def _shape(node: fx.Node) -> torch.Size | None:
-    meta = node.meta.get("tensor_meta")
-    return meta.shape if isinstance(meta, TensorMetadata) else None
+def _shape(node: fx.Node) -> torch.Size:
+    """Of a node's result; empty where it is no tensor."""
+    found: torch.Size = node.meta.get("shape", torch.Size())
+    return found
 
 
-def _counts_examples(node: fx.Node) -> bool:
-    """Whether a node reads nothing but how many examples there are."""
+def _counts_examples(node: Any) -> bool:
+    """Whether a node is nothing but how many examples a tensor with channels has."""
+    if not isinstance(node, fx.Node):
+        return False
     if node.op == "call_method" and node.target == "size":
-        return tuple(node.args[1:]) == (0,)
-    return ((node.op, node.target, *node.args[1:]) == ("call_function", getattr, "shape")) and all(
-        user.target is operator.getitem and user.args[1] == 0 for user in node.users
-    )
+        return tuple(node.args[1:]) == (0,) and len(_shape(node.all_input_nodes[0])) > 1
+    if node.target is operator.getitem and node.args[1] == 0:
+        return isinstance(node.args[0], fx.Node) and _is_shape(node.args[0])
+    return False
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a node is the shape of a tensor with channels."""
+    named = (node.op, node.target, *node.args[1:]) == ("call_function", getattr, "shape")
+    return named and len(_shape(node.all_input_nodes[0])) > 1
+
+
+def _is_harmless(node: fx.Node) -> bool:
+    """Whether a node asks of a tensor nothing but how many examples it has."""
+    return _counts_examples(node) or (_is_shape(node) and all(map(_counts_examples, node.users)))
 
 
 def _flattened(node: fx.Node, module: nn.Module | None, way: Way) -> Way | None:
     """Past a node that lays all positions of a channel side by side, of any number of channels."""
-    given, last = _shape(way.node), node.args[-1]
-    last = last[-1] if isinstance(last, tuple | list) else last
-    flat = isinstance(module, nn.Flatten) or node.target in (torch.flatten, "flatten")
-    if given is None or not (flat or (node.target in ("view", "reshape") and last == -1)):
-        return None
-    if _shape(node) != torch.Size((given[0], given[1:].numel())):
+    given, flat = _shape(way.node), False
+    if module is not None and _is_plain(module, (nn.Flatten,)):
+        flat = (getattr(module, "start_dim", 0), getattr(module, "end_dim", 0)) == (1, -1)
+    elif module is None and node.target in (torch.flatten, "flatten"):
+        flat = (*node.args[1:], *node.kwargs.values()) == (1,)
+    elif module is None and node.target in ("view", "reshape"):
+        first, *rest = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+        flat = _counts_examples(first) and rest == [-1]
+    if not flat or _shape(node) != torch.Size((given[0], given[1:].numel())):
         return None
     return replace(way, node=node, value=way.value.flatten(1), span=given[2:].numel())
 
 
-def _pads_with_zeros(pool: nn.Module | None) -> bool:
-    """Whether an average counts zeros beyond the border."""
-    padding = getattr(pool, "padding", 0) if "Avg" in type(pool).__name__ else 0
-    return padding != 0 if isinstance(padding, int) else any(padding)
+def _is_uneven(pool: nn.Module | None) -> bool:
+    """Whether a pool makes something else of a constant, at borders or everywhere."""
+    if pool is None or "AvgPool" not in type(pool).__name__:
+        return False
+    padding = getattr(pool, "padding", 0)
+    pads = padding != 0 if isinstance(padding, int) else any(padding)
+    return pads or getattr(pool, "divisor_override", None) is not None
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether a functional dropout is off in eval mode."""
+    rest = dict(zip(("p", "training", "inplace"), node.args[1:], strict=False)) | node.kwargs
+    return node.target is F.dropout and rest.get("training", True) is False
+
+
+def _is_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    told = getattr(module, "inplace", False) or node.kwargs.get("inplace", False)
+    return bool(told) or any(item is True for item in node.args)
 
 
 def _step(root: nn.Module, way: Way, node: fx.Node) -> Way | None:
@@ -135,52 +193,55 @@ def _step(root: nn.Module, way: Way, node: fx.Node) -> Way | None:
     if node.args[:1] != (way.node,):
         return None
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    alone = node.all_input_nodes == [way.node]
-    pooling = isinstance(module, POOLS) or node.target in POOLING
+    if _is_in_place(node, module) and not way.alone:
+        return None
+    only = node.all_input_nodes == [way.node]
     value = way.value.clone()  # some change it in place
-    if isinstance(module, ELEMENTWISE):
+    if module is not None and _is_plain(module, ELEMENTWISE):
         return replace(way, node=node, value=copy.deepcopy(module).eval()(value))
-    if node.target in FUNCTIONS and alone:
+    if node.target in FUNCTIONS and only:
         function: Any = node.target
         return replace(way, node=node, value=function(value, *node.args[1:], **node.kwargs))
     if node.op == "call_method" and node.target in METHODS:
         return replace(way, node=node, value=getattr(value, str(node.target))())
-    if node.target is F.dropout:
+    if _drops_nothing(node):
         return replace(way, node=node)
-    if way.value.ndim == 2:  # the others read a second axis
+    if value.ndim == 2:  # the others read further axes
         return None
-    if pooling and alone:
-        uneven = value.where(value == 0, torch.nan) if _pads_with_zeros(module) else value
+    pool = node.target if module is None else type(module)
+    if pool in POOLS and only and (module is None or _is_plain(module, POOLS)):
+        if POOLS[pool] != value.ndim - 2 or len(_shape(way.node)) != value.ndim:
+            return None
+        uneven = value.where(value == 0, torch.nan) if _is_uneven(module) else value
         return replace(way, node=node, value=uneven)
     return _flattened(node, module, way)
 
 
-def _normed(root: nn.Module, way: Way, node: fx.Node) -> Way | None:
+def _normed(norm: Any, way: Way, node: fx.Node) -> Way | None:
     """Past a norm whose channels are those of the way."""
-    norm = root.get_submodule(str(node.target))
-    shape = _shape(way.node)
-    if not isinstance(norm, NORMS) or norm.running_mean is None or way.span > 1 or shape is None:
-        return None
-    if norm.num_features != way.value.shape[1] or (way.value.ndim == 2 and len(shape) != 2):
+    fits = norm.running_mean is not None and norm.num_features == way.value.shape[1]
+    if not fits or way.span > 1 or (way.value.ndim == 2 and len(_shape(way.node)) != 2):
         return None
     return replace(way, node=node, value=copy.deepcopy(norm).eval()(way.value))
 
 
-def _reads(layer: Layer, way: Way) -> bool:
+def _reads(layer: Any, way: Way) -> bool:
     """Whether a layer has its columns in the order of the channels."""
+    channels = way.value.shape[1]
     if isinstance(layer, nn.Linear):
-        return way.value.ndim == 2 and layer.in_features == way.value.shape[1] * way.span
-    return way.value.ndim == layer.weight.ndim
+        return way.value.ndim == 2 and layer.in_features == channels * way.span
+    return bool(way.value.ndim == layer.weight.ndim and layer.in_channels == channels)
 
 
-def _follow(
-    root: nn.Module, start: fx.Node, once: Mapping[str, fx.Node], layers: Mapping[str, Layer]
-) -> Flow | None:
-    """Who reads the channels of a layer; nothing where somebody does in an unknown way."""
+def _follow(root: nn.Module, start: fx.Node, once: Mapping[str, nn.Module]) -> Flow | None:
+    """Who reads the channels of a layer; nothing where somebody does in an unknown way.
+
+    `once` are the layers and norms that may be narrowed.
+    """
     name = str(start.target)
-    layer, shape = layers[name], _shape(start)
+    layer: Any = once[name]
     dims = layer.weight.ndim
-    if shape is None or (dims > 2 and len(shape) != dims):  # without a batch, axes are others
+    if dims > 2 and len(_shape(start)) != dims:  # without a batch, axes are others
         return None
     bias = layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
     norms: list[str] = []
@@ -188,38 +249,56 @@ def _follow(
     ways = [Way(start, bias.detach().view(1, -1, *[1] * (dims - 2)))]
     while ways:
         way = ways.pop()
-        if not way.node.users:
+        users = [node for node in way.node.users if not _is_harmless(node)]
+        if not users:
             return None
-        for node in way.node.users:
+        way = replace(way, alone=way.alone and len(users) == 1)
+        for node in users:
             target = str(node.target)
-            if _counts_examples(node):
-                continue
-            known = once.get(target) is node and node.args == (way.node,)
-            if known and target in layers:
-                if not _reads(layers[target], way):
+            known = once.get(target) if node.op == "call_module" else None
+            known = known if node.args == (way.node,) and not node.kwargs else None
+            if isinstance(known, LAYERS):
+                if not _reads(known, way):
                     return None
                 readers[target] = way
                 continue
-            further = _normed(root, way, node) if known else None
-            if further is not None:
-                norms.append(target)
-            further = further or _step(root, way, node)
+            further = _step(root, way, node) if known is None else _normed(known, way, node)
             if further is None:
                 return None
+            norms += [target] if known is not None else []
             ways.append(further)
-    return Flow(name, tuple(norms), readers) if readers else None
+    return Flow(name, tuple(norms), readers)
 
 
-def find_flows(root: nn.Module, batch: tuple[Any, ...]) -> Iterator[Flow]:
-    """The layers whose channels can be followed to the end, last first."""
-    graph, layers = _trace(root, batch), _own_layers(root)
+def find_flows(root: nn.Module, batch: tuple[Any, ...]) -> list[Flow]:
+    """The layers whose channels can be followed to layers that read them, last first.
+
+    Args:
+        root: any module; tracing may leave things on it.
+        batch: arguments of its `forward`, with a batch axis.
+
+    Raises:
+        UnsupportedModelError: when it cannot be traced.
+    """
+    graph, owned = _trace(root, batch), _owned(root)
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
-    once = {name: nodes[0] for name, nodes in calls.items() if len(nodes) == 1 and name not in read}
-    for name in reversed([name for name in once if name in layers]):
-        flow = _follow(root, once[name], once, layers)
-        if flow is not None:
-            yield flow
+    once = {
+        name: owned[name]
+        for name, nodes in calls.items()
+        if len(nodes) == 1 and name in owned and name not in read
+    }
+    return list(_all_flows(root, {name: calls[name][0] for name in once}, once))
+
+
+def _all_flows(
+    root: nn.Module, starts: Mapping[str, fx.Node], once: Mapping[str, nn.Module]
+) -> Iterator[Flow]:
+    for name in reversed(list(starts)):
+        if isinstance(once[name], LAYERS):
+            flow = _follow(root, starts[name], once)
+            if flow is not None:
+                yield flow

@@ -1,5 +1,6 @@
 """What the modules of a network are called with while it runs, and what they give."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -169,8 +170,11 @@ def never_ran(names: Sequence[str]) -> UnsupportedModelError:
 
 
 def first_argument(module: nn.Module, call: Call) -> Any:
-    """The first argument of a call, wherever it stands."""
-    return call.args[0] if call.args else next(iter(call.kwargs.values()))
+    """The first argument of a call, wherever it stands: by the order of `forward`, if named."""
+    if call.args:
+        return call.args[0]
+    names = (*inspect.signature(module.forward).parameters, *call.kwargs)
+    return next(call.kwargs[name] for name in names if name in call.kwargs)
 
 
 def main_tensor(module: nn.Module, call: Call) -> Tensor:

@@ -4,6 +4,7 @@ Inputs, states before a step, and states before they are projected.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.streams import Call
 from hf_prune.weights.inputs import first_argument, main_tensor
 
+MAKERS = {
+    "LSTM": nn.LSTM,
+    "GRU": nn.GRU,
+    "RNN_TANH": nn.RNN,
+    "RNN_RELU": partial(nn.RNN, nonlinearity="relu"),
+}
+"""Modules by what they compute: a subclass may be made in another way."""
 States = tuple[Tensor | None, ...]
 """First states: of an LSTM two, else one; `[layers * directions, B, ...]`."""
 
@@ -69,7 +77,7 @@ def _read(module: nn.RNNBase, call: Call) -> tuple[_Steps, States]:
     """The sequences that a recurrent module was called with, and its first states."""
     value = first_argument(module, call)
     start = call.args[1] if len(call.args) > 1 else call.kwargs.get("hx")
-    states = start if isinstance(start, tuple) else (start,)
+    states = tuple(start) if isinstance(start, tuple | list) else (start,)
     if isinstance(value, PackedSequence):
         return _Steps(*pad_packed_sequence(value)), states
     value = main_tensor(module, call)
@@ -83,12 +91,10 @@ def _one_layer(module: nn.RNNBase, end: str) -> nn.RNNBase:
     """One layer and direction of a recurrent module, as a module of its own, time first."""
     weight: Tensor = getattr(module, f"weight_ih{end}")
     kwargs: dict[str, Any] = {"bias": module.bias}
-    if type(module) is nn.RNN:
-        kwargs["nonlinearity"] = module.nonlinearity
     if module.proj_size:
         kwargs["proj_size"] = module.proj_size
     with torch.device("meta"):
-        make: Any = type(module)
+        make: Any = MAKERS[module.mode]
         single: nn.RNNBase = make(weight.shape[1], module.hidden_size, **kwargs)
     state = {k.removesuffix("_l0"): k for k, _ in single.named_parameters()}
     single.load_state_dict(

@@ -219,8 +219,15 @@ def test_a_template_of_ones_own_in_a_file(tmp_path):
     with pytest.raises(ConfigError, match=r"template mine\.yaml: line 1: tags such as"):
         load_recipe(path)
     (tmp_path / "mine.yaml").write_text("pattern: ends\nfrist: 2\n", encoding="utf-8")
-    wrong = r"mine\.yaml, read by .*recipe\.yaml: .*frist: unknown key; did you mean 'first'"
+    wrong = r"(?s)recipe\.yaml: .*frist: unknown key; did you mean 'first'.*read from mine\.yaml"
     with pytest.raises(ConfigError, match=wrong):
+        load_recipe(path)
+    for text in ("", "ends", "- ends", "first: 2"):
+        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"template mine\.yaml: it must say pattern: \.\.\."):
+            load_recipe(path)
+    (tmp_path / "mine.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"template mine\.yaml: cannot read the template"):
         load_recipe(path)
 
 

@@ -286,6 +286,34 @@ def test_packed_sequences_are_those_that_they_hold(kind, given):
         torch.testing.assert_close(rows[0].sum(0), expected.sum(0))
 
 
+class Relu(nn.RNN):
+    """Made in its own way."""
+
+    def __init__(self, width):
+        super().__init__(4, width, nonlinearity="relu")
+
+
+def test_a_subclass_computes_as_its_base():
+    torch.manual_seed(0)
+    ours, inputs = Relu(3), torch.randn(5, 2, 4)
+    states = ours(inputs)[0]
+    before = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
+    torch.testing.assert_close(rows_of(ours, "weight_hh_l0", inputs)[1][0], before.flatten(0, 1))
+
+
+def test_named_arguments_and_lists_of_states():
+    """Inputs come first in `forward`, wherever a call names them."""
+    torch.manual_seed(0)
+    inputs, states = torch.randn(5, 2, 3), [torch.randn(1, 2, 3), torch.randn(1, 2, 3)]
+    for module, start in ((nn.GRU(3, 3), states[0]), (nn.LSTM(3, 3), states)):
+        call = Call((), {"hx": start, "input": inputs})
+        for matrix in find_matrices(module):
+            found = paired_rows(matrix, (module, call), (module, call), None)[0][0]
+            given = tuple(start) if isinstance(start, list) else start
+            expected = rows_of(module, matrix.name, inputs, given)[1][0]
+            assert torch.equal(found, expected), matrix.name
+
+
 def test_what_is_no_tensor_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match="Linear was called with a list; only tensors"):
         rows_of(nn.Linear(4, 3), "weight", [torch.randn(5, 4)])
