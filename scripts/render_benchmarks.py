@@ -92,8 +92,8 @@ _CHANCE_OF_TEXTS = (
 _CHANCE = "One calibration draw; nothing is trained. " + _CHANCE_OF_TEXTS
 ABOUT = {
     "structured_rotten_tomatoes": _DRAWS,
-    "structured_reuters_r8": "Two dense models, which share a recipe: names of the second one begin "
-    "with reuters-r8-again, and each row is a share of the accuracy of its own. Another seed is "
+    "structured_reuters_r8": "Two dense models, made alike: names of the second one begin with "
+    "reuters-r8-again, and each row is a share of the accuracy of its own. Another seed is "
     "another draw of 512 calibration examples. Nothing is trained after removal.",
     "structured_smollm2": _WIKITEXT,
     "weights_smollm2": _WIKITEXT + " Where the dense network is aimed at, the ridge is 0.1, the "
