@@ -56,7 +56,11 @@ _TEXT: Grid = (
 _LANGUAGE: Grid = (re.compile(rf"{_LEVEL} (?P<method>.+)"), "perplexity", "{:.1f}")
 _TRAINED = re.compile(rf"[\w-]+:\d (?P<method>\w+) {_LEVEL}(?P<how> taught)?")
 _TRAINING: Grid = (_TRAINED, "kept_of_dense", "{:.3f}")
-_RECOVERY: Grid = (re.compile(rf"[\w-]+:\d {_LEVEL} (?P<method>.+)"), "kept_of_dense", "{:.3f}")
+_RECOVERY: Grid = (
+    re.compile(rf"(?P<data>[\w-]+):\d {_LEVEL} (?P<method>.+)"),
+    "kept_of_dense",
+    "{:.3f}",
+)
 GRIDS = {
     "structured_rotten_tomatoes": _TEXT,
     "structured_reuters_r8": _TEXT,
@@ -137,7 +141,8 @@ def grid(rows: dict[str, dict[str, Any]], name: str) -> list[str]:
             others[title] = row
             continue
         parts = found.groupdict()
-        method = parts["method"] + (parts.get("how") or "")
+        about = f"{parts['data']}: " if "data" in parts else ""
+        method = about + parts["method"] + (parts.get("how") or "")
         cells.setdefault(method, {}).setdefault(parts["level"], []).append(row[key])
         levels += [parts["level"]] * (parts["level"] not in levels)
     levels.sort(key=_in_order)
