@@ -236,8 +236,7 @@ def _checked_copy(module: nn.Module, batch: tuple[Any, ...]) -> nn.Module:
         )
     copied = copy.deepcopy(module)
     try:
-        with torch.no_grad():
-            _outputs(copied, batch)
+        _outputs(copied, batch)
     except Exception as error:  # whatever the forward of a stranger raises
         raise DataError(f"{type(module).__name__} does not run on this batch: {error}") from error
     return copied
@@ -286,6 +285,7 @@ def remove_dead_channels_(module: nn.Module, batch: Any, masks: Masks | None = N
     return Channels({name: tuple(places) for name, places in kept.items()}, narrowed)
 
 
+@torch.no_grad()
 def keep_channels_(module: nn.Module, batch: Any, kept: Mapping[str, Sequence[int]]) -> None:
     """Leave, in place, only some output channels of some layers, so that a state fits.
 

@@ -112,8 +112,6 @@ def _trace(root: nn.Module, batch: tuple[Any, ...]) -> fx.Graph:
     parameters = list(inspect.signature(type(root).forward).parameters.values())[1 + len(batch) :]
     told = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
-        if "forward" in vars(root):
-            raise TypeError("its forward was replaced")
         with in_eval(root), torch.no_grad():
             graph = fx.Tracer().trace(root, told)
             _Shapes(fx.GraphModule(root, graph)).run(*copy.deepcopy(batch))
@@ -274,7 +272,7 @@ def find_flows(root: nn.Module, batch: tuple[Any, ...]) -> list[Flow]:
     """The layers whose channels can be followed to layers that read them, last first.
 
     Args:
-        root: any module; tracing may leave things on it.
+        root: any module with the forward of its class; tracing may leave things on it.
         batch: arguments of its `forward`, with a batch axis.
 
     Raises:
