@@ -298,11 +298,14 @@ def test_every_public_name_is_documented():
         assert getattr(hf_prune, name).__doc__, name
 
 
-def test_single_weights_by_default_and_what_they_leave_dead(tiny, inputs_for):
+@pytest.mark.parametrize(("name", "head"), [("bert", "classifier*"), ("mixtral", "lm_head*")])
+def test_single_weights_by_default_and_what_they_leave_dead(
+    name, head, tiny, inputs_for, tmp_path, logits
+):
     """At high sparsity some neurons have no weight left that is read: they are really removed."""
-    model, batches = tiny("bert"), [inputs_for("bert", seed) for seed in range(4)]
+    model, batches = tiny(name), [inputs_for(name, seed) for seed in range(4)]
     stage = {"stage": "prune", "units": ["weights"], "sparsity": 0.97, "solver": "knapsack"}
-    recipe = {"stages": [{**stage, "ignore": ["classifier*"]}]}
+    recipe = {"stages": [{**stage, "ignore": [head]}]}
     result = compress(model, recipe, batches)
     entry = result.report["pruning"][0]
     assert (entry["criterion"], entry["sparsity"]) == ("admm", pytest.approx(0.97, abs=1e-3))
@@ -313,6 +316,9 @@ def test_single_weights_by_default_and_what_they_leave_dead(tiny, inputs_for):
         assert weight.shape == mask.shape
         assert not weight[~mask].any()
     assert result.plan.weights == {name: int(mask.sum()) for name, mask in result.masks.items()}
+    save_result(result, tmp_path / "out")
+    loaded = type(model).from_pretrained(tmp_path / "out" / "model")
+    assert torch.equal(logits(loaded, batches[0]), logits(result.model, batches[0]))
 
 
 @pytest.mark.parametrize("units", [["weights"], ["neurons", "weights"]])

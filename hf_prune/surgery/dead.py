@@ -3,7 +3,8 @@
 A neuron or a head whose columns in the output projection are all zero adds nothing. Neither does
 one that gives zeros because one of its factors is zero: the values of a head, one of two rows of a
 gated neuron. A neuron whose rows are all zero gives the same number for every token, which moves
-into the bias of the output projection. What is left computes the same.
+into the bias of the output projection. A neuron of experts goes where it adds nothing in any of
+them. What is left computes the same.
 """
 
 from collections.abc import Mapping
@@ -11,15 +12,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_prune.plan import Plan, SitePlan
-from hf_prune.sites import Site, base_model, find_sites, gate_weight, logical_weight, projection
+from hf_prune.sites import (
+    EXPERT_KINDS,
+    KINDS,
+    Site,
+    base_model,
+    find_sites,
+    gate_weight,
+    get_module,
+    get_parameter,
+    logical_weight,
+    projection,
+)
 from hf_prune.statistics.example import example_batch, tokens_up_to
 from hf_prune.statistics.streams import in_eval
 from hf_prune.surgery.remove import remove_units
 from hf_prune.surgery.shapes import keep_index
 
 Masks = Mapping[str, Tensor]
+FOUND = (*KINDS, "expert_neurons")
+"""Kinds of units that may be dead: without a whole expert the router would choose another one."""
 LENGTH = 8
 """Tokens of the sequence that is run."""
 
@@ -70,6 +85,39 @@ def _constants(model: PreTrainedModel, sites: list[Site]) -> dict[str, Tensor]:
     return found
 
 
+@torch.no_grad()
+def _idle_in_experts(model: PreTrainedModel, site: Site) -> Tensor:
+    """Neurons that add nothing in any expert: read by zeros, or a factor of theirs is zero, `[U]`.
+
+    Which of the factors passes the activation is not known: both count where it keeps zeros.
+    """
+    base = base_model(model)
+    activation = getattr(get_module(base, site.gate.module), "act_fn", None)
+    nothing = get_parameter(base, site.gate).new_zeros(1)
+    keeps_zeros = activation is not None and not activation(nothing).any()
+    idle = torch.zeros(0, dtype=torch.bool)
+    for item in site.slices:
+        if item != site.gate and not keeps_zeros:
+            continue
+        own = get_parameter(base, item).narrow(item.axis, item.offset, site.units * item.width)
+        by_unit = own.movedim(item.axis, 1).flatten(2)  # [X, U, N]
+        zero = (by_unit == 0).all(dim=2).cpu()
+        idle = zero | idle if len(idle) else zero
+    return idle.all(dim=0)
+
+
+def _without(site: Site, gone: list[int]) -> SitePlan:
+    return SitePlan(site.kind, site.units, tuple(sorted(set(range(site.units)) - set(gone))))
+
+
+def _goes(site: Site, dead: Tensor) -> list[int]:
+    """So many of the dead units, `[U]`, that as many stay as a site must keep."""
+    gone: list[int] = dead.nonzero().flatten().tolist()
+    stay = max(site.units - len(gone), site.floor, 1)
+    stay += -stay % site.multiple
+    return gone[: max(site.units - stay, 0)]
+
+
 def find_dead(model: PreTrainedModel) -> tuple[Plan, dict[str, Tensor]]:
     """Which units have no effect but a constant one.
 
@@ -80,9 +128,14 @@ def find_dead(model: PreTrainedModel) -> tuple[Plan, dict[str, Tensor]]:
         A plan that removes them, but keeps at least one unit of each site; and for each site what
         its output projection must add to its bias, `[E]`, zero where nothing is to be added.
     """
-    sites = [site for site in find_sites(model) if site.runs == 1 and site.multiple == 1]
+    found = [site for site in find_sites(model, FOUND) if site.runs == 1]
+    sites = [site for site in found if site.kind not in EXPERT_KINDS]
     constants = _constants(model, sites)
     plans, folded = {}, {}
+    for site in (site for site in found if site not in sites):
+        gone = _goes(site, _idle_in_experts(model, site))
+        if gone:
+            plans[site.name] = _without(site, gone)
     for site in sites:
         weight = gate_weight(base_model(model), site).detach()  # [U, N]
         silent = (weight == 0).all(dim=1).cpu()
@@ -94,11 +147,10 @@ def find_dead(model: PreTrainedModel) -> tuple[Plan, dict[str, Tensor]]:
         still &= ~silent
         if module.bias is None:
             still &= nothing
-        gone = (silent | still).nonzero().flatten().tolist()[: site.units - max(site.floor, 1)]
+        gone = _goes(site, silent | still)
         if not gone:
             continue
-        kept = sorted(set(range(site.units)) - set(gone))
-        plans[site.name] = SitePlan(site.kind, site.units, tuple(kept))
+        plans[site.name] = _without(site, gone)
         columns = [unit for unit in gone if bool(still[unit])]
         matrix = logical_weight(module).detach()  # [E, U * D]
         folded[site.name] = matrix[:, columns] @ values[columns]
@@ -116,14 +168,14 @@ def _narrow_masks(
             gone = plan.sites[site.name].removed
             starts = [item.offset + unit * item.width for unit in gone]
             places = [start + step for start in starts for step in range(item.width)]
-            name = names[id(projection(base_model(model), item.module))]
-            drop.setdefault((f"{name}.weight", item.axis), []).extend(places)
+            module = get_module(base_model(model), item.module)
+            stored = 1 - item.axis if isinstance(module, Conv1D) else item.axis
+            name = f"{names[id(module)]}.{item.parameter or 'weight'}"
+            drop.setdefault((name, stored), []).extend(places)
     result = dict(masks)
-    for (name, axis), places in drop.items():
+    for (name, stored), places in drop.items():
         if name not in result:
             continue
-        module = model.get_submodule(name.removesuffix(".weight"))
-        stored = axis if logical_weight(module) is module.weight else 1 - axis
         index = keep_index(result[name].shape[stored], places).to(result[name].device)
         result[name] = result[name].index_select(stored, index)
     return result
@@ -143,7 +195,7 @@ def remove_dead_(
         What stayed, and the masks in the new shapes. The outputs of the model do not change.
     """
     plan, folded = find_dead(model)
-    sites = {site.name: site for site in find_sites(model)}
+    sites = {site.name: site for site in find_sites(model, FOUND)}
     narrowed = _narrow_masks(model, list(sites.values()), plan, masks or {})
     for name, value in folded.items():
         bias = projection(base_model(model), sites[name].gate.module).bias

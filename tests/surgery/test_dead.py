@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tinies import EXPERTS
 
-from hf_prune.sites import base_model, find_sites, logical_weight, projection
+from hf_prune.sites import base_model, find_sites, get_parameter, logical_weight, projection
 from hf_prune.surgery.dead import find_dead, remove_dead_
 from hf_prune.weights.find import find_weights
 
@@ -110,3 +111,39 @@ def test_of_a_whole_block_without_effect_one_unit_stays(tiny, inputs_for, logits
     plan, _ = remove_dead_(model)
     assert len(plan.sites[site.name].kept) == 1
     torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+
+
+def kill_in_expert(model, site, expert, unit, part):
+    """Zero what a neuron owns of one parameter of one expert: its column, or one of its rows."""
+    item = site.slices[part]
+    parameter = get_parameter(base_model(model), item).data[expert]
+    parameter.select(item.axis - 1, item.offset + unit).zero_()
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_neurons_of_experts_go_where_they_add_nothing_in_any(name, tiny, inputs_for, logits):
+    """Dead by another part in each expert; one too many for the multiple; one alive in the last."""
+    model, batch = tiny(name), inputs_for(name)
+    site = find_sites(model, ["expert_neurons"])[0]
+    for unit in range(3, 3 + site.multiple + 1):
+        for expert in range(4):
+            kill_in_expert(model, site, expert, unit, (unit + expert) % len(site.slices))
+    for expert in range(3):
+        kill_in_expert(model, site, expert, 2, -1)
+    before = logits(model, batch)
+    masks = {key: weight != 0 for key, weight in find_weights(model).items()}
+    plan, narrowed = remove_dead_(model, masks)
+    assert plan.sites[site.name].removed == tuple(range(3, 3 + site.multiple))
+    assert list(plan.sites) == [site.name]
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
+    found = find_weights(model)
+    assert all(torch.equal(weight != 0, narrowed[key]) for key, weight in found.items())
+
+
+def test_a_zero_that_the_activation_changes_is_no_zero(tiny):
+    model = tiny("mixtral")
+    site = find_sites(model, ["expert_neurons"])[0]
+    get_parameter(base_model(model), site.slices[0]).data.zero_()
+    assert list(find_dead(model)[0].sites) == [site.name]
+    base_model(model).get_submodule(site.gate.module).act_fn = torch.nn.Sigmoid()
+    assert not find_dead(model)[0].sites
