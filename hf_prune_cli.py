@@ -72,12 +72,13 @@ def validate(recipe: Path) -> None:
 
 @main.command()
 @click.argument("source")
+@click.option("--zeros", is_flag=True, help="Load weights, too, and show how many are zero.")
 @_explained
-def inspect(source: str) -> None:
+def inspect(source: str, zeros: bool) -> None:
     """Show what was removed from a folder or a repository, without loading weights."""
     from hf_prune.checkpoint.inspect import inspect_model
 
-    found = inspect_model(source)
+    found = inspect_model(source, zeros=zeros)
     share = 100 * found.parameters / found.dense_parameters
     click.echo(
         f"{found.architecture}: {found.parameters:,} of {found.dense_parameters:,} parameters "
@@ -86,6 +87,11 @@ def inspect(source: str) -> None:
     width = max((len(site.site) for site in found.sites), default=0)
     for site in found.sites:
         click.echo(f"{site.site:<{width}}  {site.kept:>6} of {site.units:>6} {site.kind}")
+    if found.nonzero is not None:
+        click.echo(f"{found.nonzero:,} parameters are not zero")
+    width = max(map(len, found.zeros), default=0)
+    for name, part in found.zeros.items():
+        click.echo(f"{name:<{width}}  {100 * part:>5.1f} % zero")
 
 
 @main.command()

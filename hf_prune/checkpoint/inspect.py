@@ -1,7 +1,7 @@
 """What a saved model is: what was removed from it, and whether it is whole."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_prune.sites import ALL_KINDS, find_sites
 from hf_prune.statistics.score import check_weights
 from hf_prune.surgery.description import QUANT_METHOD
 from hf_prune.surgery.rebuild import apply_shapes_
+from hf_prune.weights.find import find_weights
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,18 @@ class Kept:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was removed from a saved model. `sites` is empty where its family is not known."""
+    """What was removed from a saved model. `sites` is empty where its family is not known.
+
+    `nonzero` parameters are not zero, and `zeros` is the share of zeros of each matrix that has
+    some; nothing where weights were not read.
+    """
 
     architecture: str
     sites: tuple[Kept, ...]
     parameters: int
     dense_parameters: int
+    nonzero: int | None = None
+    zeros: dict[str, float] = field(default_factory=dict)
 
 
 def _config(source: str) -> PreTrainedConfig:
@@ -62,15 +69,30 @@ def _built(config: PreTrainedConfig) -> PreTrainedModel:
         return _class(config)(config)
 
 
-def inspect_model(source: "str | Path") -> Inspection:
+def inspect_model(source: "str | Path", *, zeros: bool = False) -> Inspection:
     """Say what was removed from a saved model, without reading its weights.
 
     Args:
         source: a folder, or the name of a repository on the Hub.
+        zeros: read its weights all the same, and say how many of them are zero.
 
     Raises:
-        CheckpointError: when the config cannot be read, or what it says of widths is wrong.
+        CheckpointError: when the config or the weights cannot be read, or what the config says of
+            widths is wrong.
     """
+    found = _of_config(source)
+    if not zeros:
+        return found
+    model = load_saved(source)
+    shares = {
+        name: 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+        for name, weight in find_weights(model).items()
+    }
+    shares = {name: share for name, share in shares.items() if share}
+    return replace(found, nonzero=count_nonzero(model), zeros=shares)
+
+
+def _of_config(source: "str | Path") -> Inspection:
     config = _config(str(source))
     plain = copy.deepcopy(config)
     for key in ("quantization_config", "per_layer_config"):

@@ -20,11 +20,18 @@ from transformers import PreTrainedModel
 from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.recipe import did_you_mean
 from hf_prune.statistics.streams import in_eval
-from hf_prune.surgery.flows import NORMS, Flow, Layer, Way, find_flows
+from hf_prune.surgery.flows import Flow, States, find_flows
+from hf_prune.surgery.readers import (
+    SIZES,
+    Masks,
+    can_move,
+    fold_,
+    is_unread,
+    keep_,
+    narrow_outputs_,
+)
+from hf_prune.surgery.states import keep_states_, names_of, remove_states_
 
-Masks = Mapping[str, Tensor]
-SIZES = (("out_features", "out_channels", "num_features"), ("in_features", "in_channels"))
-"""Attributes that say how many channels a module gives, and reads."""
 ROUNDING = 4096
 """Outputs may differ by so many units in the last place of the largest one."""
 
@@ -34,97 +41,59 @@ class Channels:
     """What `remove_dead_channels_` has left.
 
     `kept` holds, for each layer that lost some, the sorted indices of its output channels that
-    stay: `keep_channels_` takes it. `masks` are those of single weights, in the new shapes.
+    stay: `keep_channels_` takes it. States of recurrent layers stand under the names of the
+    matrices that read them, as `lstm.weight_hh_l0`. `masks` are those of single weights, in the new
+    shapes.
     """
 
     kept: dict[str, tuple[int, ...]]
     masks: dict[str, Tensor]
 
 
-def _columns(layer: Layer, way: Way) -> Tensor:
-    """What a layer multiplies each channel with, for each output, `[C, O, N]`."""
-    weight = layer.weight.detach().flatten(2) if layer.weight.ndim > 2 else layer.weight.detach()
-    columns: Tensor = weight.unflatten(1, (way.value.shape[1], -1)).flatten(2)  # [O, C, N]
-    return columns.transpose(0, 1)
+def _names(root: nn.Module, flow: Flow | States) -> list[str]:
+    """Under which names it is said what stays of a layer."""
+    return names_of(root, flow) if isinstance(flow, States) else [flow.layer]
 
 
-def _has_border(layer: Layer) -> bool:
-    """Whether a convolution sees zeros beyond the border."""
-    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
-        return False
-    if isinstance(layer.padding, str):
-        return layer.padding == "same" and any(size > 1 for size in layer.kernel_size)
-    return any(layer.padding)
+def _dead(root: nn.Module, flow: Flow, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Channels without an effect that is not constant, and the constant ones of them, `[C]` both.
 
-
-def _folds(layer: Layer, way: Way, mask: Tensor | None) -> Tensor:
-    """Constant channels that a reader can take into its bias, `[C]`: it has one, and no border."""
-    value = way.value.flatten()
-    held = mask is not None and not bool(mask.all())  # some of its biases are to stay zero
-    if layer.bias is None or held or _has_border(layer):
-        return torch.zeros_like(value, dtype=torch.bool)
-    return value.isfinite()
-
-
-def _dead(root: nn.Module, flow: Flow, masks: Masks) -> Tensor:
-    """Channels without an effect that is not constant, `[C]`; one always stays."""
+    One always stays.
+    """
     layer: Any = root.get_submodule(flow.layer)
-    unread = torch.ones(layer.weight.shape[0], dtype=torch.bool, device=layer.weight.device)
-    moves = unread.clone()
-    for name, way in flow.readers.items():
-        reader: Any = root.get_submodule(name)
-        unread &= (_columns(reader, way) == 0).flatten(1).all(dim=1)
-        moves &= (way.value.flatten() == 0) | _folds(reader, way, masks.get(f"{name}.bias"))
     constant = (layer.weight.detach() == 0).flatten(1).all(dim=1)
-    dead: Tensor = unread | (constant & moves)
+    dead = is_unread(root, flow) | (constant & can_move(root, flow, masks))
     if dead.all():
         dead[0] = False
-    return dead
+    return dead, constant & dead
 
 
-def _fold_(root: nn.Module, flow: Flow, dead: Tensor, masks: Masks) -> None:
-    """Add what dead channels give to the biases of their readers."""
-    layer: Any = root.get_submodule(flow.layer)
-    constant = (layer.weight == 0).flatten(1).all(dim=1) & dead
-    for name, way in flow.readers.items():
-        reader: Any = root.get_submodule(name)
-        moves = constant & _folds(reader, way, masks.get(f"{name}.bias"))
-        values = way.value.flatten().where(moves, 0)  # [C]
-        if values.any():
-            more = torch.einsum("con,c->o", _columns(reader, way), values)
-            reader.bias = nn.Parameter(reader.bias + more, reader.bias.requires_grad)
+def _remove_(root: nn.Module, flow: Flow | States, masks: dict[str, Tensor]) -> list[list[int]]:
+    """Remove what is dead of a layer: what stays, by its names; nothing where all does."""
+    if isinstance(flow, States):
+        return remove_states_(root, flow, masks)
+    dead, constant = _dead(root, flow, masks)
+    if not dead.any():
+        return []
+    fold_(root, flow, constant, masks)
+    kept = [(~dead).nonzero().flatten().tolist()]
+    _keep_(root, flow, kept, masks)
+    return kept
 
 
-def _narrow_(
-    root: nn.Module, name: str, index: Tensor, axis: int, masks: dict[str, Tensor]
+def _keep_(
+    root: nn.Module,
+    flow: Flow | States,
+    kept: Sequence[Sequence[int]],
+    masks: dict[str, Tensor],
 ) -> None:
-    """Leave only some entries of the parameters and masks of a module, along one axis."""
-    module = root.get_submodule(name)
-    for key, parameter in list(module._parameters.items()):
-        if parameter is None or axis >= parameter.ndim:
-            continue
-        small = parameter.detach().index_select(axis, index)
-        module._parameters[key] = nn.Parameter(small, parameter.requires_grad)
-        place = f"{name}.{key}"
-        if place in masks:
-            masks[place] = masks[place].index_select(axis, index.to(masks[place].device))
-    if isinstance(module, NORMS):
-        for key in ("running_mean", "running_var"):
-            module._buffers[key] = getattr(module, key).index_select(0, index)
-    for size in SIZES[axis]:
-        if hasattr(module, size):
-            setattr(module, size, len(index))
-
-
-def _keep_(root: nn.Module, flow: Flow, kept: Sequence[int], masks: dict[str, Tensor]) -> None:
     """Narrow a layer, the norms behind it, and all that read it."""
+    if isinstance(flow, States):
+        keep_states_(root, flow, kept, masks)
+        return
     device = next(root.get_submodule(flow.layer).parameters()).device
-    index = torch.tensor(kept, device=device)  # [kept]
-    for name in (flow.layer, *flow.norms):
-        _narrow_(root, name, index, 0, masks)
-    for name, way in flow.readers.items():
-        span = torch.arange(way.span, device=device)
-        _narrow_(root, name, (index[:, None] * way.span + span).flatten(), 1, masks)
+    narrow_outputs_(root, flow.layer, torch.tensor(kept[0], device=device), masks)
+    keep_(root, flow, kept[0], masks)
 
 
 def _write_back_(module: nn.Module, narrowed: nn.Module) -> None:
@@ -139,7 +108,9 @@ def _write_back_(module: nn.Module, narrowed: nn.Module) -> None:
                 now = held.get(key)
                 same = now is None or value is None or value.shape == now.shape
                 if not same or (now is not None and not torch.equal(now, value)):
-                    held[key] = value
+                    setattr(own, key, value)  # recurrent layers hold their weights twice
+        if isinstance(own, nn.RNNBase):
+            own.flatten_parameters()  # side by side, where an accelerator asks for it
         for size in (*SIZES[0], *SIZES[1]):
             if size in vars(own):
                 setattr(own, size, getattr(other, size))
@@ -247,11 +218,13 @@ def remove_dead_channels_(module: nn.Module, batch: Any, masks: Masks | None = N
     """Really remove, in place, channels that zeros have left without effect.
 
     A channel of a linear layer or a convolution goes when nothing reads it, or when its own weights
-    are all zero: what its bias gives moves into the biases of the layers that read it. In eval mode
-    the module computes the same as before: a copy is compared on the batch, and nothing is changed
-    otherwise. Its shapes and parameters are others: make an optimizer afterwards, and call
-    `keep_channels_` on a new module before it loads the state. States of recurrent layers, sums of
-    branches, layers with hooks, and what `forward` reads in other ways stay as they are.
+    are all zero: what its bias gives moves into the biases of the layers that read it. A state of a
+    recurrent layer goes when nothing but itself reads it, or when it stays zero; as many go from
+    each layer and direction. In eval mode the module computes the same as before: a copy is
+    compared on the batch, and nothing is changed otherwise. Its shapes and parameters are others:
+    make an optimizer afterwards, and call `keep_channels_` on a new module before it loads the
+    state. Sums of branches, layers with hooks, recurrent layers with a first state or a projection,
+    and what `forward` reads in other ways stay as they are.
 
     Args:
         module: that `torch.fx` can trace, on one device.
@@ -270,19 +243,35 @@ def remove_dead_channels_(module: nn.Module, batch: Any, masks: Masks | None = N
     while again:  # what nobody reads any more has read something itself
         again = False
         for flow in find_flows(work, arguments):
-            dead = _dead(work, flow, narrowed)
-            if not dead.any():
-                continue
-            again = True
-            _fold_(work, flow, dead, narrowed)
-            stay = (~dead).nonzero().flatten().tolist()
-            before = kept.get(flow.layer, range(len(dead)))
-            kept[flow.layer] = [before[place] for place in stay]
-            _keep_(work, flow, stay, narrowed)
+            stay = _remove_(work, flow, narrowed)
+            again |= bool(stay)
+            for name, places in zip(_names(work, flow), stay, strict=False):
+                kept[name] = [kept[name][place] for place in places] if name in kept else places
     if kept:
         _check_same(module, work, arguments)
         _write_back_(module, work)
     return Channels({name: tuple(places) for name, places in kept.items()}, narrowed)
+
+
+def _check_kept(
+    root: nn.Module, flow: Flow | States, kept: Mapping[str, Sequence[int]]
+) -> list[Sequence[int]]:
+    """What stays of a layer, by its names; nothing where nothing is said.
+
+    Raises:
+        ConfigError: for what are not rising indices, or not equally many.
+    """
+    names = _names(root, flow)
+    said = {name: kept[name] for name in names if name in kept}
+    layer: Any = root.get_submodule(flow.layer)
+    count = layer.hidden_size if isinstance(flow, States) else len(layer.weight)
+    for name, places in said.items():
+        numbers = all(isinstance(place, int) for place in places)
+        if not numbers or not len(places) or not _rises(places) or places[-1] >= count:
+            raise ConfigError(f"{name}: {places} are not rising indices of its {count} channels.")
+    if said and (len(said) < len(names) or len({len(places) for places in said.values()}) > 1):
+        raise ConfigError(f"equally many states have to stay of each of {', '.join(names)}.")
+    return list(said.values())
 
 
 @torch.no_grad()
@@ -301,19 +290,18 @@ def keep_channels_(module: nn.Module, batch: Any, kept: Mapping[str, Sequence[in
     """
     arguments = _arguments(module, batch)
     work = _checked_copy(module, arguments)
-    flows = {flow.layer: flow for flow in find_flows(work, arguments)}
-    names = [name for name, _ in module.named_modules()]
-    for name, places in kept.items():
+    flows = find_flows(work, arguments)
+    certain = [name for flow in flows for name in _names(work, flow)]
+    names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
+    for name in kept:
         if name not in names:
-            raise ConfigError(f"there is no layer {name!r}{did_you_mean(name, list(flows))}")
-        if name not in flows:
+            raise ConfigError(f"there is no layer {name!r}{did_you_mean(name, certain)}")
+        if name not in certain:
             raise ConfigError(f"which layers read the channels of {name!r} is not certain here.")
-        count = len(module.get_submodule(name).weight)  # type: ignore[arg-type]  # of a layer
-        numbers = all(isinstance(place, int) for place in places)
-        if not numbers or not len(places) or not _rises(places) or places[-1] >= count:
-            raise ConfigError(f"{name}: {places} are not rising indices of its {count} channels.")
-    for name, places in kept.items():
-        _keep_(work, flows[name], places, {})
+    wanted = [(flow, _check_kept(work, flow, kept)) for flow in flows]
+    for flow, places in wanted:
+        if places:
+            _keep_(work, flow, places, {})
     _write_back_(module, work)
 
 

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.statistics.streams import in_eval
-from hf_prune.weights.find import CONVOLUTIONS
+from hf_prune.weights.find import CONVOLUTIONS, RECURRENT
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 LAYERS = (nn.Linear, *CONVOLUTIONS)
+READERS = (*LAYERS, *RECURRENT)
 ELEMENTWISE = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -42,6 +43,8 @@ FUNCTIONS = (
 )
 METHODS = ("relu", "tanh", "sigmoid")
 """Functions, and methods of tensors, that do as the modules of `ELEMENTWISE` do."""
+POOLED = (torch.mean, torch.amax, torch.amin, "mean", "amax", "amin")
+"""Functions and methods that make one number of those along some axes."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,19 @@ class Flow:
     readers: dict[str, Way]
 
 
+@dataclass(frozen=True)
+class States:
+    """All that reads the states of a recurrent layer outside of it, as zeros at its start.
+
+    `output` are the states of its last layer at every step, those of both directions side by side;
+    `final` those of one layer and direction after the last step, by their place among all.
+    """
+
+    layer: str
+    output: Flow | None
+    final: dict[int, Flow]
+
+
 def _is_plain(part: nn.Module, kinds: Any) -> bool:
     """Whether a module is one of some classes, and does what its class does, and nothing else."""
     hooks = part._forward_hooks or part._forward_pre_hooks
@@ -86,7 +102,7 @@ def _owned(root: nn.Module) -> dict[str, nn.Module]:
     return {
         name: part
         for name, part in root.named_modules()
-        if _is_plain(part, (*LAYERS, *NORMS))
+        if _is_plain(part, (*READERS, *NORMS))
         and places[id(part)] == 1
         and getattr(part, "groups", 1) == 1
         and all(holders[id(own)] == 1 for own in part._parameters.values() if own is not None)
@@ -166,6 +182,27 @@ def _flattened(node: fx.Node, module: nn.Module | None, way: Way) -> Way | None:
     return replace(way, node=node, value=way.value.flatten(1), span=given[2:].numel())
 
 
+def _is_whole(index: Any) -> bool:
+    return isinstance(index, slice) and index == slice(None)
+
+
+def _picked(node: fx.Node, way: Way) -> Way | None:
+    """Past a node that takes some positions, or pools over some, with channels in the last axis."""
+    rank = len(_shape(way.node))
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        plain = all(isinstance(item, int | slice) for item in index)
+        takes = plain and (len(index) < rank or (len(index) == rank and _is_whole(index[-1])))
+        return replace(way, node=node) if takes else None
+    if node.target in POOLED:
+        rest = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+        dims = rest.pop("dim", None)
+        axes = dims if isinstance(dims, tuple | list) else (dims,)
+        known = all(isinstance(axis, int) and (axis + rank) % rank != rank - 1 for axis in axes)
+        return replace(way, node=node) if known and set(rest) <= {"keepdim"} else None
+    return None
+
+
 def _is_uneven(pool: nn.Module | None) -> bool:
     """Whether a pool makes something else of a constant, at borders or everywhere."""
     if pool is None or "AvgPool" not in type(pool).__name__:
@@ -205,7 +242,7 @@ def _step(root: nn.Module, way: Way, node: fx.Node) -> Way | None:
     if _drops_nothing(node):
         return replace(way, node=node)
     if value.ndim == 2:  # the others read further axes
-        return None
+        return _picked(node, way) if only and module is None and way.span == 1 else None
     pool = node.target if module is None else type(module)
     if pool in POOLS and only and (module is None or _is_plain(module, POOLS)):
         if POOLS[pool] != value.ndim - 2 or len(_shape(way.node)) != value.ndim:
@@ -226,25 +263,21 @@ def _normed(norm: Any, way: Way, node: fx.Node) -> Way | None:
 def _reads(layer: Any, way: Way) -> bool:
     """Whether a layer has its columns in the order of the channels."""
     channels = way.value.shape[1]
+    if isinstance(layer, RECURRENT):
+        return way.value.ndim == 2 and way.span == 1 and layer.input_size == channels
     if isinstance(layer, nn.Linear):
         return way.value.ndim == 2 and layer.in_features == channels * way.span
     return bool(way.value.ndim == layer.weight.ndim and layer.in_channels == channels)
 
 
-def _follow(root: nn.Module, start: fx.Node, once: Mapping[str, nn.Module]) -> Flow | None:
+def _follow(root: nn.Module, start: Way, name: str, once: Mapping[str, nn.Module]) -> Flow | None:
     """Who reads the channels of a layer; nothing where somebody does in an unknown way.
 
     `once` are the layers and norms that may be narrowed.
     """
-    name = str(start.target)
-    layer: Any = once[name]
-    dims = layer.weight.ndim
-    if dims > 2 and len(_shape(start)) != dims:  # without a batch, axes are others
-        return None
-    bias = layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
     norms: list[str] = []
     readers: dict[str, Way] = {}
-    ways = [Way(start, bias.detach().view(1, -1, *[1] * (dims - 2)))]
+    ways = [start]
     while ways:
         way = ways.pop()
         users = [node for node in way.node.users if not _is_harmless(node)]
@@ -255,7 +288,7 @@ def _follow(root: nn.Module, start: fx.Node, once: Mapping[str, nn.Module]) -> F
             target = str(node.target)
             known = once.get(target) if node.op == "call_module" else None
             known = known if node.args == (way.node,) and not node.kwargs else None
-            if isinstance(known, LAYERS):
+            if isinstance(known, READERS):
                 if not _reads(known, way):
                     return None
                 readers[target] = way
@@ -268,8 +301,81 @@ def _follow(root: nn.Module, start: fx.Node, once: Mapping[str, nn.Module]) -> F
     return Flow(name, tuple(norms), readers)
 
 
-def find_flows(root: nn.Module, batch: tuple[Any, ...]) -> list[Flow]:
-    """The layers whose channels can be followed to layers that read them, last first.
+def _follow_layer(root: nn.Module, node: fx.Node, once: Mapping[str, nn.Module]) -> Flow | None:
+    """Who reads the channels of a linear layer or a convolution."""
+    name = str(node.target)
+    layer: Any = once[name]
+    dims = layer.weight.ndim
+    if dims > 2 and len(_shape(node)) != dims:  # without a batch, axes are others
+        return None
+    bias = layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
+    return _follow(root, Way(node, bias.detach().view(1, -1, *[1] * (dims - 2))), name, once)
+
+
+def _places(node: fx.Node) -> dict[int, fx.Node] | None:
+    """By number, all that takes one item of a result; nothing where a user does something else."""
+    found: dict[int, fx.Node] = {}
+    for user in node.users:
+        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+            return None
+        if user.args[1] in found:
+            return None
+        found[user.args[1]] = user
+    return found
+
+
+def _finals(module: nn.RNNBase, found: fx.Node) -> dict[int, fx.Node] | None:
+    """What takes the last state of each layer and direction, out of all that a module returns.
+
+    Nothing where it cannot be told, or where the cells of an LSTM are read.
+    """
+    if isinstance(module, nn.LSTM):
+        both = _places(found)
+        if both is None or (1 in both and both[1].users) or not set(both) <= {0, 1}:
+            return None
+        if 0 not in both:
+            return {}
+        found = both[0]
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    only = next(iter(found.users)) if len(found.users) == 1 else None
+    if only is not None and (count, only.target, only.args[1:]) == (1, "squeeze", (0,)):
+        return {0: only}
+    taken = _places(found)
+    if taken is None:
+        return None
+    finals = {place % count: node for place, node in taken.items()}
+    return finals if len(finals) == len(taken) else None
+
+
+def _follow_states(root: nn.Module, node: fx.Node, once: Mapping[str, nn.Module]) -> States | None:
+    """Who reads the states of a recurrent layer that starts with zeros."""
+    name = str(node.target)
+    module: Any = once[name]
+    parts = _places(node)
+    if module.proj_size or len(node.args) != 1 or node.kwargs or parts is None:
+        return None
+    if not set(parts) <= {0, 1}:
+        return None
+    finals = _finals(module, parts[1]) if 1 in parts else {}
+    if finals is None:
+        return None
+    starts = {place: state for place, state in finals.items() if state.users}
+    if 0 in parts and parts[0].users:
+        starts[-1] = parts[0]
+    nothing = module.weight_hh_l0.new_zeros(1, module.hidden_size)  # [1, H]
+    both = nothing.repeat(1, 2) if module.bidirectional else nothing
+    final: dict[int, Flow] = {}
+    for place, start in starts.items():
+        way = Way(start, both if place < 0 else nothing, alone=len(starts) == 1)
+        flow = _follow(root, way, name, once)
+        if flow is None:
+            return None
+        final[place] = flow
+    return States(name, final.pop(-1, None), final)
+
+
+def find_flows(root: nn.Module, batch: tuple[Any, ...]) -> list[Flow | States]:
+    """The layers whose channels or states can be followed to layers that read them, last first.
 
     Args:
         root: any module with the forward of its class; tracing may leave things on it.
@@ -294,9 +400,12 @@ def find_flows(root: nn.Module, batch: tuple[Any, ...]) -> list[Flow]:
 
 def _all_flows(
     root: nn.Module, starts: Mapping[str, fx.Node], once: Mapping[str, nn.Module]
-) -> Iterator[Flow]:
+) -> Iterator[Flow | States]:
     for name in reversed(list(starts)):
+        found: Flow | States | None = None
         if isinstance(once[name], LAYERS):
-            flow = _follow(root, starts[name], once)
-            if flow is not None:
-                yield flow
+            found = _follow_layer(root, starts[name], once)
+        elif isinstance(once[name], RECURRENT):
+            found = _follow_states(root, starts[name], once)
+        if found is not None:
+            yield found

@@ -18,8 +18,9 @@ from hf_prune.checkpoint.inspect import check_model, inspect_model
 from hf_prune.checkpoint.manifest import write_manifest
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import CheckpointError, NumericsError
-from hf_prune.measure.counts import count_parameters
+from hf_prune.measure.counts import count_nonzero, count_parameters
 from hf_prune.surgery.remove import remove_units
+from hf_prune.weights.find import find_weights
 from hf_prune_cli import main
 
 
@@ -49,6 +50,22 @@ def test_what_was_removed_without_reading_weights(name, saved, tiny, monkeypatch
     assert found.architecture == type(model).__name__
     assert found.parameters == count_parameters(model)
     assert found.dense_parameters == count_parameters(tiny(name))
+
+
+@pytest.mark.parametrize("storage", ["dense", "bitmask"])
+def test_zeros_are_counted_when_asked_for(storage, tiny, tmp_path):
+    model = tiny("vit")
+    name, weight = list(find_weights(model).items())[1]
+    weight.data[:, ::2] = 0
+    save_model(model, tmp_path / "out", storage=storage)
+    assert inspect_model(tmp_path / "out").nonzero is None
+    found = inspect_model(tmp_path / "out", zeros=True)
+    assert found.zeros == {name: 0.5}
+    assert found.nonzero == count_nonzero(model) < found.parameters
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--zeros"])
+    assert f"{name}   50.0 % zero" in shown.output
+    assert f"{found.nonzero:,} parameters are not zero" in shown.output
+    assert "zero" not in CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).output
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "t5", "vit"])
