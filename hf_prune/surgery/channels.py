@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.recipe import did_you_mean
 from hf_prune.statistics.streams import in_eval
-from hf_prune.surgery.flows import Flow, States, find_flows
+from hf_prune.surgery.flows import NORMS, READERS, Flow, States, find_flows
 from hf_prune.surgery.readers import (
     SIZES,
     Masks,
@@ -32,8 +33,8 @@ from hf_prune.surgery.readers import (
 )
 from hf_prune.surgery.states import keep_states_, names_of, remove_states_
 
-ROUNDING = 4096
-"""Outputs may differ by so many units in the last place of the largest one."""
+SAME = 1e-5
+"""Outputs may differ by so much of the largest one; copies are compared in double precision."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +98,26 @@ def _keep_(
 
 
 def _write_back_(module: nn.Module, narrowed: nn.Module) -> None:
-    """Give a module the parameters, buffers and sizes of its narrowed copy, where they differ."""
+    """Give a module the parameters, statistics and sizes of its narrowed copy, where they differ.
+
+    Of layers and norms alone: what else the copy holds may have changed as it ran.
+    """
     for name, other in narrowed.named_modules():
-        own = module.get_submodule(name)
-        for held, theirs in (
-            (own._parameters, other._parameters),
-            (own._buffers, other._buffers),
-        ):
-            for key, value in theirs.items():
-                now = held.get(key)
-                same = now is None or value is None or value.shape == now.shape
-                if not same or (now is not None and not torch.equal(now, value)):
-                    setattr(own, key, value)  # recurrent layers hold their weights twice
-        if isinstance(own, nn.RNNBase):
-            own.flatten_parameters()  # side by side, where an accelerator asks for it
+        if type(other) not in (*READERS, *NORMS):
+            continue
+        own: Any = module.get_submodule(name)
+        for key, value in other._parameters.items():
+            now = own._parameters[key]
+            if value is not None and not (value.shape == now.shape and torch.equal(now, value)):
+                setattr(own, key, value)  # recurrent layers hold their weights twice
+        for key, held in other._buffers.items():
+            if held is not None and held.shape != own._buffers[key].shape:
+                own._buffers[key] = held
         for size in (*SIZES[0], *SIZES[1]):
             if size in vars(own):
                 setattr(own, size, getattr(other, size))
+        if isinstance(own, nn.RNNBase):
+            own.flatten_parameters()  # side by side, where an accelerator asks for it
 
 
 def _arguments(module: nn.Module, batch: Any) -> tuple[Any, ...]:
@@ -157,8 +161,25 @@ def _is_same(one: Any, two: Any) -> bool:
     if one.shape != two.shape or not one.is_floating_point():
         return torch.equal(one, two)
     largest = float(one.abs().nan_to_num().max()) if one.numel() else 0.0
-    allowed = ROUNDING * torch.finfo(one.dtype).eps * max(largest, 1.0)
-    return torch.allclose(one, two, rtol=0, atol=allowed, equal_nan=True)
+    return torch.allclose(one, two, rtol=0, atol=SAME * max(largest, SAME), equal_nan=True)
+
+
+def _double(values: Any) -> Any:
+    return tree_map_only(
+        Tensor, lambda item: item.double() if item.is_floating_point() else item, values
+    )
+
+
+def _both(
+    module: nn.Module, narrowed: nn.Module, batch: tuple[Any, ...]
+) -> tuple[list[Any], list[Any]]:
+    """What two modules give, in double precision where the first one can: half is too coarse."""
+    expected = None
+    with contextlib.suppress(Exception):  # whatever the forward of a stranger raises
+        expected = _outputs(copy.deepcopy(module).double(), _double(batch))
+    if expected is None:
+        return _outputs(copy.deepcopy(module), batch), _outputs(copy.deepcopy(narrowed), batch)
+    return expected, _outputs(copy.deepcopy(narrowed).double(), _double(batch))
 
 
 def _check_same(module: nn.Module, narrowed: nn.Module, batch: tuple[Any, ...]) -> None:
@@ -167,9 +188,9 @@ def _check_same(module: nn.Module, narrowed: nn.Module, batch: tuple[Any, ...]) 
     Raises:
         UnsupportedModelError: saying so.
     """
-    expected, same = _outputs(copy.deepcopy(module), batch), False
+    same = False
     with contextlib.suppress(Exception):  # whatever the forward of a stranger raises
-        found = _outputs(copy.deepcopy(narrowed), batch)
+        expected, found = _both(module, narrowed, batch)
         same = len(found) == len(expected) and all(map(_is_same, expected, found))
     if not same:
         raise UnsupportedModelError(
@@ -204,6 +225,10 @@ def _checked_copy(module: nn.Module, batch: tuple[Any, ...]) -> nn.Module:
     if "forward" in vars(module):
         raise UnsupportedModelError(
             f"the forward of {type(module).__name__} was replaced: unwrap it first."
+        )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has lazy layers: run it once, so that they have shapes."
         )
     copied = copy.deepcopy(module)
     try:
@@ -266,8 +291,7 @@ def _check_kept(
     layer: Any = root.get_submodule(flow.layer)
     count = layer.hidden_size if isinstance(flow, States) else len(layer.weight)
     for name, places in said.items():
-        numbers = all(isinstance(place, int) for place in places)
-        if not numbers or not len(places) or not _rises(places) or places[-1] >= count:
+        if not _are_rising(places) or places[-1] >= count:
             raise ConfigError(f"{name}: {places} are not rising indices of its {count} channels.")
     if said and (len(said) < len(names) or len({len(places) for places in said.values()}) > 1):
         raise ConfigError(f"equally many states have to stay of each of {', '.join(names)}.")
@@ -295,7 +319,7 @@ def keep_channels_(module: nn.Module, batch: Any, kept: Mapping[str, Sequence[in
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
     for name in kept:
         if name not in names:
-            raise ConfigError(f"there is no layer {name!r}{did_you_mean(name, certain)}")
+            raise ConfigError(f"there is no layer {name!r}{did_you_mean(str(name), certain)}")
         if name not in certain:
             raise ConfigError(f"which layers read the channels of {name!r} is not certain here.")
     wanted = [(flow, _check_kept(work, flow, kept)) for flow in flows]
@@ -305,5 +329,9 @@ def keep_channels_(module: nn.Module, batch: Any, kept: Mapping[str, Sequence[in
     _write_back_(module, work)
 
 
-def _rises(places: Sequence[int]) -> bool:
-    return places[0] >= 0 and all(low < high for low, high in pairwise(places))
+def _are_rising(places: Any) -> bool:
+    """Whether these are indices, at least one, in order."""
+    if not isinstance(places, Sequence) or not places:
+        return False
+    numbers = all(type(place) is int for place in places)
+    return numbers and places[0] >= 0 and all(low < high for low, high in pairwise(places))

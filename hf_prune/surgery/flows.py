@@ -103,6 +103,7 @@ def _owned(root: nn.Module) -> dict[str, nn.Module]:
         name: part
         for name, part in root.named_modules()
         if _is_plain(part, (*READERS, *NORMS))
+        and not {"weight", "bias", "weight_hh_l0"} & {*part._buffers}
         and places[id(part)] == 1
         and getattr(part, "groups", 1) == 1
         and all(holders[id(own)] == 1 for own in part._parameters.values() if own is not None)
@@ -191,7 +192,7 @@ def _picked(node: fx.Node, way: Way) -> Way | None:
     rank = len(_shape(way.node))
     if node.target is operator.getitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        plain = all(isinstance(item, int | slice) for item in index)
+        plain = all(type(item) in (int, slice) for item in index)
         takes = plain and (len(index) < rank or (len(index) == rank and _is_whole(index[-1])))
         return replace(way, node=node) if takes else None
     if node.target in POOLED:
@@ -316,11 +317,10 @@ def _places(node: fx.Node) -> dict[int, fx.Node] | None:
     """By number, all that takes one item of a result; nothing where a user does something else."""
     found: dict[int, fx.Node] = {}
     for user in node.users:
-        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+        index: Any = user.args[1] if user.target is operator.getitem else None
+        if type(index) is not int or index in found:
             return None
-        if user.args[1] in found:
-            return None
-        found[user.args[1]] = user
+        found[index] = user
     return found
 
 

@@ -1,6 +1,7 @@
 """Channels of plain modules go when zeros have left them without effect, and outputs stay."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -342,6 +343,69 @@ def test_nothing_else_is_written_to():
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision_hides_no_difference(dtype):
+    """Rounding of half precision is as large as what a forward that reads a width makes of it."""
+
+    def forward(s, x, task):
+        return s.b(s.a(x).relu()) * s.a.out_features**-0.5
+
+    net = fresh(0, Forward, forward=forward).to(dtype)
+    net.a.weight.data[1:4] = 0
+    before = outputs(net, IMAGES.to(dtype))
+    with pytest.raises(UnsupportedModelError, match="gives something else"):
+        remove_dead_channels_(net, IMAGES.to(dtype))
+    assert torch.equal(outputs(net, IMAGES.to(dtype)), before)
+    plain = fresh(0, Forward, forward=lambda s, x, t: s.b(s.a(x).relu())).to(dtype)
+    plain.a.weight.data[2] = 0
+    assert remove_dead_channels_(plain, IMAGES.to(dtype)).kept == {"a": (0, 1, 3, 4, 5)}
+
+
+def test_what_a_forward_counts_is_not_counted():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(10, 6), nn.Linear(6, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return self.b(self.a(x))
+
+    net = fresh(0, Counting)
+    net.a.weight.data[2] = 0
+    assert remove_dead_channels_(net, IMAGES).kept
+    keep_channels_(net, IMAGES, {"a": (0, 1)})
+    assert net.calls == 0
+
+
+def test_scripted_layers_beside_others():
+    net = fresh(0, lambda: nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        net.append(torch.jit.script(nn.Linear(4, 2).double()))
+    net[0].weight.data[2] = 0
+    before = outputs(net, IMAGES)
+    assert remove_dead_channels_(net, IMAGES).kept == {"0": (0, 1, 3, 4, 5)}
+    torch.testing.assert_close(outputs(net, IMAGES), before)
+
+
+def test_layers_without_shapes_are_refused():
+    net = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.LazyLinear(3)).double()
+    with pytest.raises(UnsupportedModelError, match="lazy layers: run it once"):
+        keep_channels_(net, IMAGES, {"0": (0, 1)})
+    assert net[0].out_features == 6
+
+
+def test_a_bias_that_is_a_buffer_stays():
+    net = fresh(0, lambda: nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 4)))
+    net[0].weight.data[2] = 0
+    bias = net[1].bias.detach()
+    del net[1].bias
+    net[1].register_buffer("bias", bias)
+    assert not remove_dead_channels_(net, IMAGES).kept
+
+
 def test_a_bias_that_stays_zero_takes_nothing():
     net = fresh(0, lambda: nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 4)))
     net[0].weight.data[2] = 0
@@ -388,6 +452,16 @@ def test_errors(tiny):
         keep_channels_(net, IMAGES, {"fist": (0,)})
     with pytest.raises(ConfigError, match=r"channels of 'last' is not certain"):
         keep_channels_(net, IMAGES, {"last": (0,)})
-    for places in ((), (1, 0), (-1, 2), (5, 6), (0.0, 1.0), torch.tensor([0, 1])):
+    for places in (
+        (),
+        (1, 0),
+        (-1, 2),
+        (5, 6),
+        (0.0, 1.0),
+        (True, 2),
+        3,
+        None,
+        torch.tensor([0, 1]),
+    ):
         with pytest.raises(ConfigError, match="are not rising indices of its 6 channels"):
             keep_channels_(net, IMAGES, {"first": places})

@@ -279,7 +279,21 @@ def in_place(s, x):
     return s.head(first) + s.other(last)
 
 
-UNCERTAIN = [first_state, cells, all_states, returned, twice, some_states, over_states, in_place]
+def by_truth(s, x):
+    return s.head(s.rnn(x)[1][0][True].squeeze(0))
+
+
+UNCERTAIN = [
+    by_truth,
+    first_state,
+    cells,
+    all_states,
+    returned,
+    twice,
+    some_states,
+    over_states,
+    in_place,
+]
 
 
 @pytest.mark.parametrize("way", UNCERTAIN)
@@ -291,6 +305,21 @@ def test_what_is_not_certain_stays(way):
     remove_dead_channels_(net, SEQUENCES)
     assert net.rnn.hidden_size == 6
     assert torch.equal(outputs(net, SEQUENCES), before)
+
+
+def test_weights_are_laid_out_when_sizes_are_true(monkeypatch):
+    seen, plain = [], nn.RNNBase.flatten_parameters
+
+    def flatten(self):
+        seen.append(len(self.weight_hh_l0) == 4 * self.hidden_size == len(self.weight_ih_l0))
+        plain(self)
+
+    net = fresh(0)
+    silence(net.rnn, "lstm", "_l0", 1)
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", flatten)
+    assert remove_dead_channels_(net, SEQUENCES).kept
+    assert seen
+    assert all(seen)
 
 
 def test_projected_states_stay():
