@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_prune.errors import ConfigError, DataError, UnsupportedModelError
 from hf_prune.recipe import did_you_mean
 from hf_prune.statistics.streams import in_eval
-from hf_prune.surgery.flows import NORMS, READERS, Flow, States, find_flows
+from hf_prune.surgery.flows import NORMS, READERS, Flow, States, find_flows, steps
 from hf_prune.surgery.readers import (
     SIZES,
     Masks,
@@ -192,6 +192,8 @@ def _check_same(module: nn.Module, narrowed: nn.Module, batch: tuple[Any, ...]) 
     with contextlib.suppress(Exception):  # whatever the forward of a stranger raises
         expected, found = _both(module, narrowed, batch)
         same = len(found) == len(expected) and all(map(_is_same, expected, found))
+        traced = [steps(copy.deepcopy(part), batch) for part in (module, narrowed)]
+        same &= traced[0] == traced[1]
     if not same:
         raise UnsupportedModelError(
             f"without channels that seem to have no effect {type(module).__name__} gives something "
@@ -263,8 +265,8 @@ def remove_dead_channels_(module: nn.Module, batch: Any, masks: Masks | None = N
     """
     arguments = _arguments(module, batch)
     narrowed, kept, again = dict(masks or {}), dict[str, list[int]](), True
-    _check_masks(module, narrowed)
     work = _checked_copy(module, arguments)
+    _check_masks(module, narrowed)
     while again:  # what nobody reads any more has read something itself
         again = False
         for flow in find_flows(work, arguments):

@@ -90,6 +90,16 @@ def _is_plain(part: nn.Module, kinds: Any) -> bool:
     return type(part) in kinds and not hooks and "forward" not in vars(part)
 
 
+def _parameters_of(part: nn.Module) -> set[str]:
+    """The names of the parameters that the class of a layer or norm gives it."""
+    if not isinstance(part, nn.RNNBase):
+        return {"weight", "bias"}
+    stems = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * part.bias]
+    stems += ["weight_hr"] if part.proj_size else []
+    ways = ("", "_reverse") if part.bidirectional else ("",)
+    return {f"{s}_l{n}{way}" for s in stems for n in range(part.num_layers) for way in ways}
+
+
 def _owned(root: nn.Module) -> dict[str, nn.Module]:
     """Plain layers and norms that stand in one place, with parameters that are theirs alone."""
     holders: dict[int, int] = {}
@@ -103,7 +113,7 @@ def _owned(root: nn.Module) -> dict[str, nn.Module]:
         name: part
         for name, part in root.named_modules()
         if _is_plain(part, (*READERS, *NORMS))
-        and not {"weight", "bias", "weight_hh_l0"} & {*part._buffers}
+        and {*part._parameters} == _parameters_of(part)
         and places[id(part)] == 1
         and getattr(part, "groups", 1) == 1
         and all(holders[id(own)] == 1 for own in part._parameters.values() if own is not None)
@@ -309,6 +319,8 @@ def _follow_layer(root: nn.Module, node: fx.Node, once: Mapping[str, nn.Module])
     dims = layer.weight.ndim
     if dims > 2 and len(_shape(node)) != dims:  # without a batch, axes are others
         return None
+    if not len(layer.weight):
+        return None
     bias = layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
     return _follow(root, Way(node, bias.detach().view(1, -1, *[1] * (dims - 2))), name, once)
 
@@ -372,6 +384,15 @@ def _follow_states(root: nn.Module, node: fx.Node, once: Mapping[str, nn.Module]
             return None
         final[place] = flow
     return States(name, final.pop(-1, None), final)
+
+
+def steps(root: nn.Module, batch: tuple[Any, ...]) -> str:
+    """All that a module does, as text: what its forward reads of sizes is in it as numbers.
+
+    Raises:
+        UnsupportedModelError: when it cannot be traced.
+    """
+    return str(_trace(root, batch).python_code("self").src)
 
 
 def find_flows(root: nn.Module, batch: tuple[Any, ...]) -> list[Flow | States]:

@@ -28,7 +28,9 @@ def _columns(layer: nn.Module, way: Way) -> Tensor:
     """What a layer multiplies each channel with, for each output, `[C, O, N]`."""
     weights = [layer.get_parameter(key).detach() for key in inputs_of(layer)]
     weight = torch.cat([w.flatten(2) if w.ndim > 2 else w for w in weights])
-    columns: Tensor = weight.unflatten(1, (way.value.shape[1], -1)).flatten(2)  # [O, C, N]
+    channels = way.value.shape[1]
+    size = weight[0].numel() // channels if len(weight) else 0
+    columns: Tensor = weight.reshape(len(weight), channels, size)  # [O, C, N]
     return columns.transpose(0, 1)
 
 

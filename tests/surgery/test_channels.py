@@ -404,6 +404,20 @@ def test_a_bias_that_is_a_buffer_stays():
     del net[1].bias
     net[1].register_buffer("bias", bias)
     assert not remove_dead_channels_(net, IMAGES).kept
+    del net[1]._buffers["bias"]
+    net[1].bias = bias  # nothing but an attribute
+    assert not remove_dead_channels_(net, IMAGES).kept
+
+
+def test_layers_without_outputs():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        net = fresh(0, Forward, forward=lambda s, x, t: s.b(s.a(x)), none=nn.Linear(10, 0))
+        empty = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 0)).double()
+    net.told = lambda s, x, t: s.b(s.a(x)) + s.none(x).sum()
+    net.a.weight.data[2] = 0
+    assert remove_dead_channels_(net, IMAGES).kept == {"a": (0, 1, 3, 4, 5)}
+    assert remove_dead_channels_(empty, IMAGES).kept == {"0": (0,)}
 
 
 def test_a_bias_that_stays_zero_takes_nothing():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_prune import keep_channels_, remove_dead_channels_
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, UnsupportedModelError
 
 KINDS = {
     "lstm": nn.LSTM,
@@ -307,6 +307,19 @@ def test_what_is_not_certain_stays(way):
     assert torch.equal(outputs(net, SEQUENCES), before)
 
 
+def test_a_size_that_is_read_as_a_number_is_noticed():
+    """Here it makes a difference for longer sequences alone."""
+
+    def forward(s, x):
+        return s.head(s.rnn(x)[0][:, : s.rnn.hidden_size]).sum(1)
+
+    net = fresh(0, way=forward)
+    silence(net.rnn, "lstm", "_l0", 1)
+    with pytest.raises(UnsupportedModelError, match="gives something else"):
+        remove_dead_channels_(net, SEQUENCES[:, :4])
+    assert net.rnn.hidden_size == 6
+
+
 def test_weights_are_laid_out_when_sizes_are_true(monkeypatch):
     seen, plain = [], nn.RNNBase.flatten_parameters
 
@@ -320,6 +333,14 @@ def test_weights_are_laid_out_when_sizes_are_true(monkeypatch):
     assert remove_dead_channels_(net, SEQUENCES).kept
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize("value", [None, torch.zeros(3), torch.zeros(24)])
+def test_layers_with_parameters_of_their_own_stay(value):
+    net = fresh(0)
+    silence(net.rnn, "lstm", "_l0", 1)
+    net.rnn.register_parameter("extra_l0", None if value is None else nn.Parameter(value))
+    assert not remove_dead_channels_(net, SEQUENCES).kept
 
 
 def test_projected_states_stay():
