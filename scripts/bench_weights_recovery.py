@@ -13,8 +13,11 @@ from job import Job
 from hf_prune.measure.counts import count_nonzero, count_parameters
 from hf_prune.recipe import Prune, Train
 
-METHODS = ("admm, knapsack", "sparsegpt", "wanda", "magnitude")
-"""What is compared; each stage is one of `bench_weights_text`."""
+METHODS = (
+    *("admm, knapsack", "sparsegpt", "wanda", "magnitude"),
+    *("wanda, re-fitted", "magnitude, re-fitted", "fisher_diagonal", "random"),
+)
+"""What is compared, most telling first; each stage is one of `bench_weights_text`."""
 LEVELS = ("0.9", "2:4", "0.95", "0.8", "0.7", "0.5")
 """Most telling first."""
 
@@ -44,8 +47,8 @@ def command(
 ) -> None:
     """Prune, measure, train with masks, measure again."""
     rows, job, title = start(out, **how)
-    for wanted in level:
-        for name in method:
+    for name in method:
+        for wanted in level:
             key = f"{title} {wanted} {name}"
             if f"{key}, recovered" in rows:
                 continue
